@@ -1,0 +1,33 @@
+"""linic: a learned image codec.
+
+    data = linic.encode(image, quality=40)      PIL image -> bytes
+    image = linic.decode(data)                  bytes -> PIL image
+
+`import linic` loads neither torch nor numpy: names are looked up when first used. Start reading at codec.py.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linic.codec import decode, encode, info, load
+    from linic.errors import DecodeError, LinicError, ModelMissing, PictureError, UsageError, WeightsError
+
+__version__ = "0.1.0"
+_HOME = {
+    **dict.fromkeys(["encode", "decode", "info", "load"], "linic.codec"),
+    **dict.fromkeys(["DecodeError", "LinicError", "ModelMissing", "PictureError", "UsageError", "WeightsError"],
+                    "linic.errors"),
+}
+__all__ = ["DecodeError", "LinicError", "ModelMissing", "PictureError", "UsageError", "WeightsError", "__version__",
+           "decode", "encode", "info", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'linic' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Doors onto the codec: command line now; batch, web and compat later."""

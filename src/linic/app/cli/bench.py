@@ -1,0 +1,19 @@
+"""`linic bench kernels`: the operators against each other."""
+import argparse
+import json
+
+from linic.app.cli import common
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument("--threads", type=common.positive, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument("--repeats", type=common.positive, default=7, metavar="N", help="runs a number is taken from")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from linic.bench import kernels
+    rows = kernels.run(threads=args.threads, repeats=args.repeats)
+    print(json.dumps(rows, default=str) if args.json else kernels.table(rows))
+    return 0

@@ -1,0 +1,58 @@
+"""`linic eval DIR`: whole files over a folder of pictures; table, BD-rates, JSON, plot."""
+import argparse
+import json
+import shlex
+import sys
+from typing import Any
+
+from linic.app.cli import common
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="DIR", help="a folder of pictures, or one picture")
+    parser.add_argument("-q", "--qualities", type=common.qualities, default=list(range(0, 101, 10)), metavar="Q,Q,...",
+                        help="e.g. 0,25,50 or 0,10,...,100 (default)")
+    parser.add_argument("--model", default="lalic-xs", metavar="NAME|PATH", help="default: lalic-xs")
+    parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
+    parser.add_argument("--anchors", metavar="SET",
+                        help="compare with known curves on the set: kodak, clic-professional or tecnick")
+    parser.add_argument("--json", metavar="OUT", help="the whole result as JSON; - writes stdout")
+    parser.add_argument("--markdown", metavar="OUT", help="the report; - writes stdout (default)")
+    parser.add_argument("--plot", metavar="OUT", help="PSNR over bpp as PNG")
+    parser.add_argument("--keep", metavar="DIR", help="keep the .linic files there")
+    common.add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from linic.bench import anchors, report
+    from linic.bench.evaluate import evaluate, pictures_in
+    rivals = anchors.load(args.anchors) if args.anchors else {}
+    common.use_threads(args)
+    with common.about(args.input):
+        paths = pictures_in(args.input)[: args.limit]
+        result = evaluate(paths, args.qualities, model=args.model, device=args.device, keep=args.keep,
+                          command=command_of(args), progress=show if sys.stderr.isatty() else None)
+    if args.json:
+        common.write_output(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    if args.plot:
+        report.plot([report.curve(result)], rivals, args.plot, title=f"{args.anchors or args.input}")
+    text = report.markdown(result, rivals)
+    if args.markdown not in (None, "-"):
+        common.write_output(args.markdown, text.encode())
+    if args.markdown == "-" or (args.markdown is None and args.json != "-"):
+        print(text, end="")
+    return 0
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"{row['name']}  q {row['quality']}  {row['bpp']:.4f} bpp  {row['psnr-rgb']:.2f} dB", file=sys.stderr)
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What to type to get this result again; paths of this machine stay out of reports."""
+    folder = args.input.rstrip("/").rsplit("/", 1)[-1]
+    parts = ["linic", "eval", folder, "-q", ",".join(map(str, args.qualities)), "--model", args.model]
+    for name in ("limit", "threads"):
+        if getattr(args, name):
+            parts += [f"--{name}", str(getattr(args, name))]
+    return shlex.join([*parts, "--device", args.device])

@@ -1,0 +1,59 @@
+"""Rounding and bounds with useful gradients, and the probability of a rounded Gaussian.
+
+Tensors of any shape, float32 or float64. Source of the gradient rules: Balle et al. 2018 as in CompressAI
+(lower bound); the two-sided form is the same idea for a range.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SCALE_MIN, SCALE_MAX = 0.11, 256.0
+LN_SCALE_MIN, LN_SCALE_MAX = math.log(SCALE_MIN), math.log(SCALE_MAX)
+LIKELIHOOD_MIN = 1e-9
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x)
+        ctx.range = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        (x,) = ctx.saved_tensors
+        low, high = ctx.range
+        return grad * (((x >= low) | (grad < 0)) & ((x <= high) | (grad > 0))), None, None
+
+
+def bounded(x: Tensor, low: float, high: float = math.inf) -> Tensor:
+    """clamp(x, low, high) whose gradient also passes outside, where a step of descent leads back into the range.
+
+    A plain clamp has no gradient outside, so what has once left the range never returns: in the prototype the
+    share of saturated keys grew from .0007 % to 4.2 %.
+    """
+    return _Bounded.apply(x, low, high)
+
+
+def gaussian_likelihood(distance: Tensor, ln_scale: Tensor) -> Tensor:
+    """Probability of the unit bin around `distance` under N(0, exp(ln_scale)), at least 1e-9.
+
+    Phi((1/2 - |d|)/s) - Phi((-1/2 - |d|)/s): written with erfc of positive arguments, so that tails keep digits.
+    """
+    a, r = distance.abs(), torch.exp(-ln_scale) * math.sqrt(0.5)
+    p = 0.5 * (torch.erfc((a - 0.5) * r) - torch.erfc((a + 0.5) * r))
+    return bounded(p, LIKELIHOOD_MIN)
+
+
+def scale_index(ln_scale: Tensor, count: int, round_up: bool = False) -> Tensor:
+    """Index into the table of `count` log-spaced scales .11 .. 256: the nearest in log, or the next larger one."""
+    position = (ln_scale - LN_SCALE_MIN) * ((count - 1) / (LN_SCALE_MAX - LN_SCALE_MIN))
+    # 1e-9: a scale that stands in the table must not be rounded up past itself.
+    index = torch.ceil(position - 1e-9) if round_up else torch.round(position)
+    return index.clamp(0, count - 1)
+
+
+def ln_scale_at(index: Tensor, count: int) -> Tensor:
+    return LN_SCALE_MIN + index * ((LN_SCALE_MAX - LN_SCALE_MIN) / (count - 1))

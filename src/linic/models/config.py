@@ -1,0 +1,137 @@
+"""Presets are data: a TOML file in presets/ becomes one frozen `Config`. Every field of the file is a field here."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from linic.errors import UsageError
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How blocks are made, in all nets of a model."""
+
+    attention: Literal["biwkv", "aft"] = "biwkv"  # aft: BiWKV with w = u = 0, a plain softmax average
+    shift: bool = True  # Omni-Shift before both mixes (contexts have a switch of their own)
+    scan: Literal["row", "column", "alternating"] = "row"  # order in which BiWKV sees the tokens
+    bounds: Literal["linic", "authors"] = "linic"  # linic: bounded w, u, k (integer.md 8); authors: raw w/T and u/T
+    layer_scale: bool = False  # gamma1, gamma2 of the paper
+    zero_init: bool = True  # residual branches start at zero
+
+
+@dataclass(frozen=True)
+class Net:
+    """One transform and its mirror. Entry i: stage i of the analysis; the last factor and kernel are the head's."""
+
+    factors: tuple[int, ...]  # down-sampling of each stage, then of the head
+    kernels: tuple[int, ...]  # 1: space-to-depth + Linear; 3, 5: strided convolution
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    hidden: int  # Channel Mix: hidden width / width
+    spatial: tuple[bool, ...]  # whether the stage's blocks have a Spatial Mix
+
+
+@dataclass(frozen=True)
+class Context:
+    """RWKV-SCCTX and its relatives: groups of latent channels, each coded in two checkerboard halves."""
+
+    groups: tuple[int, ...]
+    channel: Literal["linear", "rwkv", "conv", "conv-plus"]  # what turns earlier groups into features
+    aggregation: Literal["mlp", "mix", "conv"]  # what turns features into means and scales
+    width: int
+    depth: int = 1
+    hidden: int = 2
+    shift: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    family: Literal["lalic"]
+    transform: Net
+    hyper: Net
+    context: Context
+    latents: int  # channels of y (M)
+    hyper_latents: int  # channels of z (Nz)
+    hyper_features: int  # channels that h_s gives to the contexts (H)
+    style: Style = dataclasses.field(default_factory=Style)
+    variable_rate: bool = True  # gains, quality rows; off: one rate a checkpoint, as in the paper
+    density: Literal["mixture", "factorized"] = "mixture"  # of z
+    scales: int = 128  # entries of the scale table
+    linear_scale: bool = False  # the scale head gives sigma (paper) instead of ln sigma relative to a prior
+    init: Literal["klt", "torch"] = "klt"
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        n = 1
+        for f in self.transform.factors + self.hyper.factors:
+            n *= f
+        return n
+
+
+def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
+    fields, hints, values = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), {}
+    if unknown := set(data) - fields:
+        raise UsageError(f"{where}: unknown field {sorted(unknown)[0]!r}. Known: {', '.join(sorted(fields))}")
+    for name, value in data.items():
+        hint, at = hints[name], f"{where}.{name}"
+        if dataclasses.is_dataclass(hint):
+            value = _make(hint, value, at)
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            raise UsageError(f"{at}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
+        elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is not hint:
+            raise UsageError(f"{at}: {value!r} should be of type {hint.__name__}")
+        values[name] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def from_dict(data: dict[str, Any], where: str = "preset") -> Config:
+    """A Config out of plain dicts and lists (TOML or JSON)."""
+    config: Config = _make(Config, data, where)
+    for key, net in (("transform", config.transform), ("hyper", config.hyper)):
+        n = len(net.widths)
+        if not (len(net.depths) == len(net.spatial) == n and len(net.factors) == len(net.kernels) == n + 1):
+            raise UsageError(f"{where}.{key}: {n} widths need {n} depths, {n} spatial, {n + 1} factors and kernels")
+    if sum(config.context.groups) != config.latents:
+        raise UsageError(f"{where}.context.groups sum to {sum(config.context.groups)}, latents is {config.latents}")
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def presets() -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob("*.toml"))
+
+
+def preset(name: str) -> Config:
+    """The preset of that name. Raises UsageError with the names that exist."""
+    path = FOLDER / f"{name}.toml"
+    if name not in presets():
+        raise UsageError(f"no preset {name!r}. Presets: {', '.join(presets())}")
+    with path.open("rb") as f:
+        data = tomllib.load(f)
+    base = data.pop("base", None)  # an ablation names what it starts from and lists what differs
+    if base is not None:
+        data = _merge(to_dict(preset(base)), data)
+    return from_dict({"name": name, **data}, path.name)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = {k: v for k, v in base.items() if k != "name"}
+    for key, value in over.items():
+        out[key] = {**out[key], **value} if isinstance(value, dict) else value
+    return out

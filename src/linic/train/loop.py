@@ -1,0 +1,421 @@
+"""The training run: one loop for every family, planned from a wall-clock budget.
+
+`train(recipe, data=..., valid=..., out=..., budget_s=...)` -> the final status. Progress = elapsed / budget steers
+rate, crop and batch; steps are only counted. `end_file`: once it exists, its number (seconds since 1970) is the end.
+Loading and the evaluation after the end come on top of the budget. SIGTERM and SIGINT finish the step, save and
+return; `resume` goes on as if nothing had happened: bit for bit on a CPU with the same number of threads.
+What lies in the run's folder: checkpoint.py. Raises UsageError, RecipeError; LinicError after 50 non-finite steps in
+a row.
+"""
+
+import copy
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linic.errors import LinicError, RecipeError, UsageError
+from linic.train import checkpoint, data, evaluate
+from linic.train import recipe as recipes
+from linic.train.loss import rate_distortion
+from linic.train.recipe import Quality, Recipe
+
+Clock = Callable[[], float]
+BAD_STEPS_IN_A_ROW = 50
+KLT_CROPS = 1024
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def draw_quality(quality: Quality, count: int, device: str) -> Tensor:
+    """(count,) float32, even between the ends, a share `ends` at each."""
+    low, high = quality.range
+    beyond = quality.ends / (1 - 2 * quality.ends)
+    u = (torch.rand(count, device=device) * (1 + 2 * beyond) - beyond).clamp(0, 1)
+    return low + u * (high - low)
+
+
+class Every:
+    """True once per interval."""
+
+    def __init__(self, seconds: float, now: float):
+        self.seconds, self.last = seconds, now
+
+    def __call__(self, now: float) -> bool:
+        due = now - self.last >= self.seconds
+        self.last = now if due else self.last
+        return due
+
+
+class Neighbours:
+    """Leaves cores to other processes. A loop on all cores waits for the slowest at thousands of barriers a step:
+    beside one busy stranger two threads ran at a quarter of their speed, one thread keeps its core. (Linux.)"""
+
+    def __init__(self, threads: int):
+        self.most = self.threads = threads
+        self.last = self._sample()
+
+    @staticmethod
+    def useful(threads: int) -> bool:
+        return threads > 1 and threads == os.cpu_count() and Path("/proc/stat").exists()
+
+    def _sample(self) -> tuple[float, float, float]:
+        """Seconds: on the clock, used by all processes, used by this one."""
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, irq, softirq, stolen = map(int, f.readline().split()[1:9])
+        used = (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+        return time.time(), used, time.process_time()
+
+    def look(self) -> int:
+        """Threads to use from now on; fewer come easily back only when the others have really gone."""
+        (t0, all0, own0), (t1, all1, own1) = self.last, self._sample()
+        self.last = t1, all1, own1
+        busy = (all1 - all0 - (own1 - own0)) / max(t1 - t0, 1e-3)
+        taken = math.ceil(busy - (0.4 if self.threads == self.most else 0.2))
+        self.threads = max(1, self.most - max(0, taken))
+        return self.threads
+
+
+class Stop:
+    """Set by the first SIGTERM or SIGINT; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._catch)
+        except ValueError:              # not the main thread: the caller keeps its signals
+            self._before = {}
+        try:
+            yield
+        finally:
+            self._restore()
+
+
+@contextmanager
+def settings(device: str, threads: int, seed: int) -> Iterator[None]:
+    """Global switches of torch, put back afterwards."""
+    threads_before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")      # TF32, in training only: the codec never sees it
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision(precision)
+
+
+class Trainer:
+    """Model, EMA, optimiser, crops and counters: all that a step changes and a resumed run needs."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, crops: data.Crops, device: str):
+        self.recipe, self.crops, self.device = recipe, crops, device
+        self.model = model.to(device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        o = recipe.optimiser
+        groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": o.weight_decay},
+                  {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW([g for g in groups if g["params"]], o.lr, o.betas, fused=True)
+        self.step_count = self.crop_count = self.skipped = self.bad_in_a_row = 0
+        self.elapsed_s = self.cpu_s = 0.0
+        self.best: dict[str, Any] | None = None
+        self.evaluations: list[dict[str, Any]] = []
+
+    def step(self, progress: float) -> list[float] | None:
+        """loss, bpp, bpp of z, PSNR, gradient norm of one step; None: something was not finite, nothing changed."""
+        r, phase = self.recipe, self.recipe.phase_at(progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = r.optimiser.lr * r.schedule.factor(progress)
+        x = self.crops.batch(phase.batch, phase.crop).permute(0, 3, 1, 2)
+        quality = draw_quality(r.quality, phase.batch, self.device)
+        terms = rate_distortion(self.model(x, quality), x, quality, r.loss.exponent)
+        loss = terms.loss.mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.params, r.optimiser.clip)
+        psnr = (-10 * torch.log10(terms.mse.clamp_min(1e-10))).mean()
+        # One wait for the device a step.
+        numbers = torch.stack([loss, terms.bpp.mean(), terms.bpp_z.mean(), psnr, norm]).tolist()
+        if not (math.isfinite(numbers[0]) and math.isfinite(numbers[4])):
+            self.skipped += 1
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+                raise LinicError(f"{self.bad_in_a_row} steps in a row gave a loss or gradient that is not finite, "
+                                 f"after step {self.step_count}: lower optimiser.lr, or start from an earlier checkpoint")
+            return None
+        self.optimiser.step()
+        self.bad_in_a_row = 0
+        self.step_count += 1
+        self.crop_count += phase.batch
+        if self.step_count % r.ema.every == 0:
+            self._follow(self.step_count // r.ema.every)
+        return numbers
+
+    @torch.no_grad()
+    def _follow(self, n: int) -> None:
+        keep = min(self.recipe.ema.decay, (n + 1) / (n + 10))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - keep)
+        for ours, theirs in zip(self.ema.buffers(), self.model.buffers()):
+            ours.copy_(theirs)
+
+    def rng_tensors(self) -> dict[str, Tensor]:
+        out = {"cpu": torch.get_rng_state()}
+        if self.device.startswith("cuda"):
+            out["cuda"] = torch.cuda.get_rng_state(self.device)
+        return out
+
+    def save(self, out: Path) -> None:
+        raw, ema, preset = self.model.state_dict(), self.ema.state_dict(), self.recipe.model.preset
+        about = {"preset": preset, "step": self.step_count}
+        state = {**checkpoint.prefixed("raw", raw), **checkpoint.prefixed("ema", ema),
+                 **checkpoint.prefixed("optimiser", checkpoint.optimiser_tensors(self.optimiser)),
+                 **checkpoint.prefixed("rng", self.rng_tensors())}
+        checkpoint.save(out / "state.safetensors", state, {
+            **about, "recipe": asdict(self.recipe), "crops": self.crop_count, "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row, "elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s, "best": self.best,
+            "evaluations": self.evaluations, "rng": self.crops.state()})
+        checkpoint.save(out / "raw.safetensors", raw, {**about, "weights": "raw"})
+        checkpoint.save(out / "ema.safetensors", ema, {**about, "weights": "ema"})
+
+    def restore(self, path: Path) -> None:
+        tensors, about = checkpoint.load(path)
+        same = checkpoint.json_like(asdict(self.recipe))
+        if about.get("recipe") != same:
+            keys = [k for k in same if same[k] != about.get("recipe", {}).get(k)]
+            raise UsageError(f"{path}: the run was started with another recipe (differs in {', '.join(keys)}). Use the "
+                             "same, or start a new run with --init")
+        self.model.load_state_dict(checkpoint.under("raw", tensors))
+        self.ema.load_state_dict(checkpoint.under("ema", tensors))
+        checkpoint.restore_optimiser(self.optimiser, checkpoint.under("optimiser", tensors))
+        self.step_count, self.crop_count, self.skipped = about["step"], about["crops"], about["skipped"]
+        self.bad_in_a_row, self.elapsed_s, self.cpu_s = about["bad_in_a_row"], about["elapsed_s"], about["cpu_s"]
+        self.best, self.evaluations = about["best"], about["evaluations"]
+        rng = checkpoint.under("rng", tensors)
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.startswith("cuda"):
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.crops.restore(about["rng"])
+
+
+class Run:
+    """Time, files and lines around a Trainer."""
+
+    def __init__(self, trainer: Trainer, out: Path, pictures: list[Tensor], refuse: list[tuple[str, int]],
+                 end_file: Path | None, about: dict[str, Any], clock: Clock):
+        self.trainer, self.out, self.pictures, self.refuse = trainer, out, pictures, refuse
+        self.end_file, self.about, self.clock = end_file, about, clock
+        self.stop = Stop()
+        self.progress = 0.0
+        self.last: dict[str, float] = {}        # of the newest progress line
+        self.rows: list[list[float]] = []       # steps since then
+        self.paused_s = 0.0                     # saving and evaluating since then
+        self.crops_at = trainer.crop_count
+
+    def go(self, budget_s: float) -> str:
+        """Steps until the end or a signal. -> "done" or "stopped"."""
+        t, i = self.trainer, self.trainer.recipe.intervals
+        now = self.logged_at = self.clock()
+        start, self.end = now - t.elapsed_s, now - t.elapsed_s + budget_s
+        cpu_start = time.process_time() - t.cpu_s
+        look, log = Every(5, now), Every(i.log_seconds, now)
+        save, judge = Every(i.save_seconds, now), Every(i.evaluate_seconds, now)
+        neighbours = Neighbours(torch.get_num_threads()) if self.about["threads_may_change"] else None
+        decay_start = t.recipe.schedule.decay_start
+        while True:
+            now = self.clock()
+            if now >= self.end or self.stop.asked:
+                break
+            self.progress = max(0.0, (now - start) / (self.end - start))
+            if self.progress >= decay_start and not (self.out / "trunk.safetensors").exists():
+                about = {"preset": t.recipe.model.preset, "step": t.step_count, "weights": "trunk"}
+                checkpoint.save(self.out / "trunk.safetensors", t.model.state_dict(), about)
+            numbers = t.step(self.progress)
+            t.elapsed_s, t.cpu_s = now - start, time.process_time() - cpu_start
+            self.rows += [numbers] if numbers else []
+            if look(now):
+                self._read_end()
+                if neighbours:
+                    torch.set_num_threads(neighbours.look())
+            if log(now):
+                self._log(now)
+            pause = time.perf_counter()
+            if judge(now):
+                self.evaluate()
+            if save(now):
+                t.save(self.out)
+                self.write_status("running")
+            self.paused_s += time.perf_counter() - pause
+        if self.rows:
+            self._log(now)
+        if now < self.end:
+            say("stopped by a signal")
+            return "stopped"
+        self.progress = 1.0
+        return "done"
+
+    def _read_end(self) -> None:
+        if self.end_file and self.end_file.exists():
+            with suppress(ValueError):          # half written: the next look will do
+                end = float(self.end_file.read_text())
+                self.end = end if math.isfinite(end) else self.end
+
+    def _log(self, now: float) -> None:
+        t, phase = self.trainer, self.trainer.recipe.phase_at(self.progress)
+        rate = (t.crop_count - self.crops_at) / max(now - self.logged_at - self.paused_s, 1e-3)
+        means = [sum(c) / len(self.rows) for c in zip(*self.rows)] or [math.nan] * 5
+        self.last = dict(zip(("loss", "bpp", "bpp_z", "psnr", "norm"), means), crops_per_s=rate,
+                         lr=t.optimiser.param_groups[0]["lr"])
+        say(f"{t.elapsed_s / 60:6.1f} min  {100 * self.progress:5.1f} %  step {t.step_count}"
+            f"  crop {phase.crop}x{phase.batch}"
+            f"  {rate:.1f} crops/s  loss {means[0]:.4f}  bpp {means[1]:.4f} (z {means[2]:.4f})  PSNR {means[3]:.2f}"
+            f"  norm {means[4]:.2f}  lr {self.last['lr']:.2e}  skipped {t.skipped}  threads {torch.get_num_threads()}")
+        self.rows, self.paused_s, self.crops_at, self.logged_at = [], 0.0, t.crop_count, now
+        self.write_status("running")
+        if new := t.crops.library.refresh(self.refuse):
+            t.crops.refreshed()
+            say(f"further shards: {', '.join(new)}")
+
+    def evaluate(self) -> None:
+        """Raw and EMA weights on the validation pictures; the better of all so far is kept."""
+        t, e = self.trainer, self.trainer.recipe.evaluation
+        for name, model in (("raw", t.model), ("ema", t.ema)) if self.pictures else ():
+            rows = evaluate.evaluate(model, self.pictures, e.qualities, t.recipe.loss.exponent,
+                                     lambda: self.stop.asked)
+            if rows is None:
+                return
+            score = evaluate.score(rows)
+            about = {"weights": name, "step": t.step_count, "elapsed_s": round(t.elapsed_s, 1), "score": score}
+            t.evaluations.append({**about, "points": rows})
+            points = "  ".join(f"q{r['quality']:g} {r['bpp']:.4f}/{r['psnr']:.2f}" for r in rows)
+            better = score < (t.best["score"] if t.best else math.inf)      # False for nan
+            say(f"   valid, {name}  score {score:.4f}{' *' if better else '  '}  bpp/PSNR {points}")
+            if better:
+                t.best = about
+                about = {"preset": t.recipe.model.preset, **about}
+                checkpoint.save(self.out / "best.safetensors", model.state_dict(), about)
+
+    def status(self, state: str) -> dict[str, Any]:
+        t = self.trainer
+        return {"state": state, "progress": round(self.progress, 5), "elapsed_s": round(t.elapsed_s, 1),
+                "cpu_s": round(t.cpu_s, 1), "step": t.step_count, "crops": t.crop_count, "skipped": t.skipped,
+                "last": self.last, "best": t.best, **self.about, "updated": round(time.time()),
+                "recipe": asdict(t.recipe), "evaluations": t.evaluations}
+
+    def write_status(self, state: str) -> None:
+        checkpoint.write_json(self.out / "status.json", checkpoint.json_like(self.status(state)))
+
+
+def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, budget_s: float,
+          valid: str | Path | None = None, init: str | Path | None = None, resume: bool = False, device: str = "auto",
+          threads: int | None = None, end_file: str | Path | None = None, cache: str | Path | None = None,
+          clock: Clock = time.time, model: nn.Module | None = None) -> dict[str, Any]:
+    """`model`: instead of the recipe's preset (tests). `clock`: seconds since 1970."""
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    out, state = Path(out), Path(out) / "state.safetensors"
+    going_on = resume and state.exists()
+    if not going_on and any(out.glob("*.safetensors")):
+        raise UsageError(f"{out} holds weights of a run: pass --resume to go on with it, or another --out")
+    if going_on and init:
+        raise UsageError("--init starts a run, --resume goes on with one: pass only one of them")
+    device = _device(device)
+    with settings(device, threads or torch.get_num_threads(), recipe.seed):
+        crops, pictures, refuse = _pictures(recipe, Path(data), Path(valid) if valid else None,
+                                            Path(cache or out / "pictures"), device)
+        if model is None:
+            from linic.models import build
+            model = build(recipe.model.preset)
+        trainer = _start(recipe, model, crops, device, str(init or ""), state if going_on else None)
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and not going_on:
+            say(f"{out}: nothing to resume, a new run starts")
+        about = {"preset": recipe.model.preset, "init": str(init or ""), "device": device, "torch": torch.__version__,
+                 "budget_s": budget_s, "pictures": len(crops.library.pictures),
+                 "threads_may_change": not threads and device == "cpu" and Neighbours.useful(torch.get_num_threads())}
+        run = Run(trainer, out, pictures, refuse, Path(end_file) if end_file else None, about, clock)
+        state_name = "failed"
+        try:
+            with run.stop.listening():
+                state_name = run.go(budget_s)
+                trainer.save(out)       # first: who ends the machine's lease does not wait for an evaluation
+                run.write_status(state_name)
+                if state_name == "done":
+                    run.evaluate()
+                    trainer.save(out)
+        finally:
+            run.write_status(state_name)
+    return checkpoint.json_like(run.status(state_name))
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"no CUDA device for --device {name}. Pass --device cpu, or install a torch build with CUDA")
+    return name
+
+
+def _pictures(recipe: Recipe, folder: Path, valid: Path | None, cache: Path,
+              device: str) -> tuple[data.Crops, list[Tensor], list[tuple[str, int]]]:
+    """Crops to train on, pictures to judge by, and the hashes that later shards may not hold."""
+    library = data.Library(folder, cache, device, recipe.data.exclude_origins)
+    refuse, judged = data.report_hashes(), []
+    if valid:
+        judging = data.Library(valid, cache, device)
+        data.refuse_duplicates(valid, judging.pictures, refuse)
+        judged = [p.pixels for p in data.validation_pictures(judging, recipe.evaluation.pictures)]
+        refuse = refuse + [(p.entry.name, p.entry.hash) for p in judging.pictures]
+    data.refuse_duplicates(folder, library.pictures, refuse)
+    crops = data.Crops(library, recipe.data, recipe.seed, device)
+    say(f"{len(library.pictures)} pictures, {library.excluded} of excluded origins left out; {len(judged)} to judge by")
+    for line in data.check_crops(crops, [p.crop for p in recipe.phases]):
+        say(line)
+    return crops, judged, refuse
+
+
+def _start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init: str, state: Path | None) -> Trainer:
+    config: Any = model.config
+    for phase in recipe.phases:
+        if phase.crop % config.multiple:
+            raise RecipeError(f"phases: crop {phase.crop} is no multiple of {config.multiple}, "
+                              f"as {recipe.model.preset} needs")
+    if init:
+        missing, extra = checkpoint.initialise(model, init)
+        if missing or extra:
+            say(f"{init}: not in it: {', '.join(missing) or 'nothing'}; not used: {', '.join(extra) or 'nothing'}")
+    elif state is None and getattr(config, "init", None) == "klt":
+        model.to(device).init_klt(torch.cat([crops.batch(64, 64) for _ in range(KLT_CROPS // 64)]))  # type: ignore[operator]
+    model.set_bf16(recipe.model.bf16)   # type: ignore[operator]
+    trainer = Trainer(recipe, model, crops, device)
+    if state is not None:
+        trainer.restore(state)
+    return trainer
