@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linic import container, weights
-from linic.errors import Damaged, LatentsMismatch, Unsupported, UsageError
+from linic.errors import Damaged, LatentsMismatch, ModelMissing, Unsupported, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,17 +35,25 @@ def encode(image: "Image.Image", quality: int = DEFAULT_QUALITY, model: str | Pa
     quality: 0 (smallest) .. 100, whole numbers. model: name of an installed model, or path of a weight file.
     Colour profile, EXIF and XMP travel along unchanged. Raises PictureError, UsageError, ModelMissing, WeightsError.
     """
-    return _codec(str(weights.find(model)), _device(device)).encode(image, quality)
+    return _ready(weights.find(model), device).encode(image, quality)
 
 
-def decode(data: bytes, *, max_pixels: int | None = None, device: str = "auto") -> "Image.Image":
+def decode(data: bytes, *, model: str | PathLike[str] | None = None, max_pixels: int | None = container.MAX_PIXELS,
+           device: str = "auto") -> "Image.Image":
     """The bytes of a linic file -> the picture, in its own mode and size, with its metadata in `info`.
 
-    max_pixels: larger pictures are refused before any memory is taken (None: the format's default limit).
+    The file names its model, which is looked for among the installed ones; `model` (name or path) is for one that is
+    not installed. max_pixels: larger pictures are refused before any memory is taken (None: no limit).
     Raises DecodeError (with the byte offset), ModelMissing, WeightsError.
     """
-    file = container.parse(data) if max_pixels is None else container.parse(data, max_pixels=max_pixels)
-    return _codec(str(_model_of(file)), _device(device)).decode(file)
+    file = container.parse(data, max_pixels=max_pixels)
+    if model is not None:
+        path = weights.find(model)
+    elif file.digest:
+        path = weights.find_digest(file.digest, file.model_name or "")
+    else:  # the compact profile has a registered code alone
+        path = weights.find(file.model_name or "")
+    return _ready(path, device).decode(file)
 
 
 def info(data: bytes) -> dict[str, Any]:
@@ -127,6 +135,9 @@ class Codec:
         from linic.entropy.walk import walk
         from linic.rangecoder import Decoder
 
+        if file.digest and file.digest != self.digest:
+            raise ModelMissing(f"the file needs a model with digest {file.digest.hex()}, {self.name} has "
+                               f"{self.digest.hex()}")
         if len(file.tiles) != 1:
             raise Unsupported(0, f"{len(file.tiles)} tiles: written by a later linic; update yours")
         tile, side = file.tiles[0], self.model.config.multiple
@@ -157,16 +168,14 @@ class Codec:
                                 torch.zeros(1, dtype=torch.float64, device=self.device))
 
 
+def _ready(path: Path, device: str) -> Codec:
+    """Two models stay in memory; a weight file that was replaced is read again."""
+    return _codec(str(path), path.stat().st_mtime_ns, _device(device))
+
+
 @lru_cache(maxsize=2)
-def _codec(path: str, device: str) -> Codec:
+def _codec(path: str, written: int, device: str) -> Codec:
     return Codec(path, device)
-
-
-def _model_of(file: container.Image) -> Path:
-    """The weight file that a picture needs: by digest; the compact profile has a registered code alone."""
-    if file.digest:
-        return weights.find_digest(file.digest, file.model_name or "")
-    return weights.find(file.model_name or "")
 
 
 def _device(name: str) -> str:

@@ -60,6 +60,13 @@ def test_the_input_is_never_its_own_output(photo, capsys):
     assert "same file" in capsys.readouterr().err
 
 
+def test_a_second_picture_is_no_output_even_with_force(photo, tmp_path, capsys):
+    Image.new("RGB", (2, 2)).save(tmp_path / "b.png")
+    before = (tmp_path / "b.png").read_bytes()
+    assert main(["encode", str(photo), str(tmp_path / "b.png"), "--force"]) == 2
+    assert "not a picture" in capsys.readouterr().err and (tmp_path / "b.png").read_bytes() == before
+
+
 def test_json_is_one_object_on_stdout(photo, tmp_path, capsys):
     assert main(["encode", str(photo), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -159,7 +166,7 @@ def test_info_prints_what_the_file_says(photo, tmp_path, capsys):
     main(["encode", str(photo)])
     capsys.readouterr()
     assert main(["info", str(tmp_path / "photo.linic")]) == 0
-    assert "width          48\n" in capsys.readouterr().out
+    assert "width    48\n" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "photo.linic"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["height"] == 32
 

@@ -151,3 +151,38 @@ def test_the_kernels_bench_is_wired(monkeypatch, capsys):
     assert capsys.readouterr().out == "table of 3\n"
     assert main(["bench", "kernels", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [{"threads": 1, "repeats": 7}]
+
+
+@pytest.fixture
+def fake_export(monkeypatch):
+    calls = []
+
+    def export(source, out, **options):
+        calls.append((source, options))
+        with open(out, "wb") as file:
+            file.write(b"12345")
+        return {"name": "tiny", "parameters": 3_900_000, "digest": "ab" * 8}
+
+    from linic.train import export as room
+    monkeypatch.setattr(room, "export", export)
+    return calls
+
+
+def test_export_makes_a_weight_file_and_never_overwrites_one_unasked(fake_export, tmp_path, capsys):
+    command = ["export", "runs/a", "-o", str(tmp_path / "tiny.safetensors"), "--about", "data=some=pictures"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'tiny.safetensors'}  5 bytes  tiny  3.90 M parameters")
+    assert fake_export == [("runs/a", {"measure": None, "about": {"data": "some=pictures"}, "int8": True})]
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 5
+
+
+def test_train_hands_its_arguments_to_the_training_room(tmp_path, capsys):
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text("[nothing]\n")
+    assert main(["train", str(recipe), "--data", str(tmp_path), "--budget", "90"]) == 2
+    assert "write 90s, 60m or 1.5h" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--data", str(tmp_path), "--budget", "90s", "--out", str(tmp_path)]) == 2
+    assert "wrong.toml" in capsys.readouterr().err

@@ -57,6 +57,7 @@ def test_a_curve_that_cannot_be_compared_says_why(curve, reason):
 
 
 def test_every_anchor_has_a_source_and_rising_points():
+    assert set(anchors.PICTURES) == set(anchors.sets())
     for name in anchors.sets():
         for curve in anchors.load(name).values():
             assert curve.source

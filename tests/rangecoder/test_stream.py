@@ -213,7 +213,8 @@ def test_any_bytes_decode_to_the_same_or_are_refused_by_both_backends(data, coun
     for name in backends_here():
         try:
             results.append(decode(tables, data, [index, index], name))
-        except Damaged:
+        except Damaged as error:
+            assert 0 <= error.offset <= len(data)
             results.append("damaged")
     assert all(r == results[0] for r in results)
     if results[0] != "damaged":

@@ -22,9 +22,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", 
 MEASURES = ("psnr-rgb", "ms-ssim-rgb", "bpp", "bpp_payload", "encoding_time", "decoding_time")
 
 Row = dict[str, Any]
+AnyPath = str | os.PathLike[str]
 
 
-def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
+def pictures_in(folder: AnyPath) -> list[Path]:
     """The pictures of a folder by name, without those below it; or the one picture named."""
     path = Path(folder)
     if path.is_file():
@@ -37,11 +38,11 @@ def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def evaluate(paths: Iterable[str | os.PathLike[str]], qualities: Sequence[int], *, model: str = "lalic-xs",
-             device: str = "auto", keep: str | os.PathLike[str] | None = None, command: str = "",
+def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *, model: str = "lalic-xs",
+             device: str = "auto", keep: AnyPath | None = None, command: str = "",
              progress: Callable[[Row], None] | None = None) -> dict[str, Any]:
-    """`keep`: a folder that receives every .linic file; without it they live in a temporary one."""
-    names = [Path(p) for p in paths]
+    """pictures: a folder, or the files themselves. keep: a folder that receives every .linic file."""
+    names = pictures_in(pictures) if isinstance(pictures, (str, os.PathLike)) else [Path(p) for p in pictures]
     if not names or not qualities:
         raise UsageError("at least one picture and one quality are needed")
     rows = []
@@ -121,7 +122,7 @@ def machine(device: str = "auto") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -2,6 +2,7 @@
 
 `result` is what `evaluate` returns, or any JSON of CompressAI's schema ("psnr" without suffix is taken too).
 """
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from linic.bench.anchors import Curve
 from linic.bench.bdrate import bd_rate
 from linic.errors import BackendMissing, UsageError
+from linic.picture import write_whole
 
 COLUMNS = [  # key in "results", heading, format
     ("quality", "quality", "d"), ("bpp", "bpp", ".4f"), ("psnr-rgb", "PSNR dB", ".2f"),
@@ -27,11 +29,16 @@ def curve(result: dict[str, Any]) -> Curve:
     return Curve(result["name"], tuple(b for b, _ in points), tuple(p for _, p in points))
 
 
-def markdown(result: dict[str, Any], anchors: dict[str, Curve] | None = None) -> str:
+def markdown(result: dict[str, Any], anchors: dict[str, Curve] | None = None, pictures: int | None = None) -> str:
+    """`pictures`: over how many the anchors are means; the report says so where the result is over others."""
     lines = [f"# {result['name']}", "", result.get("description", ""), ""]
     lines += table(result)
     if anchors:
         lines += ["", "BD-rate: size at equal PSNR, PCHIP of log rate over the common range, all points.", ""]
+        ours = len({row["name"] for row in result.get("per_image", [])})
+        if pictures and ours != pictures:
+            lines += [f"**Not comparable: the anchors are means over {pictures} pictures, this result over {ours}.**",
+                      ""]
         lines += bd_rates(curve(result), anchors)
     if result.get("machine"):
         lines += ["", "Machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)]
@@ -87,7 +94,9 @@ def plot(curves: Sequence[Curve], anchors: dict[str, Curve], path: str | Path, t
     axes.set(xlabel="bits per pixel, whole file", ylabel="PSNR, dB (RGB)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_whole(path, drawn.getvalue())
 
 
 def side_by_side(pictures: Sequence[tuple[str, Image.Image]], *, crop: tuple[int, int, int, int] | None = None,

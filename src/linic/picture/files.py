@@ -86,10 +86,13 @@ def to_bytes(image: Image.Image, suffix: str = ".png") -> tuple[bytes, list[str]
     kind, options = FORMATS[suffix]
     kept = metadata(image)
     carried: dict[str, Any] = {key: value for key, value in kept.items() if key in KEEPS[kind]}
+    if kind == "PNG" and not is_utf8(carried.get("xmp", b"")):
+        del carried["xmp"]  # PNG's chunk for it holds UTF-8 alone
+    lost = sorted(set(kept) - set(carried))
     if kind == "PNG" and "xmp" in carried:
         # Pillow's PNG writer has no xmp argument; this is the chunk its reader looks for.
         carried["pnginfo"] = PngImagePlugin.PngInfo()
-        carried["pnginfo"].add_itxt("XML:com.adobe.xmp", carried.pop("xmp").decode("utf-8", "surrogateescape"))
+        carried["pnginfo"].add_itxt("XML:com.adobe.xmp", carried.pop("xmp").decode())
     bare = image.copy()
     bare.info = {}  # else Pillow carries over what only happens to be there, a GIF comment for one
     out = io.BytesIO()
@@ -97,7 +100,15 @@ def to_bytes(image: Image.Image, suffix: str = ".png") -> tuple[bytes, list[str]
         bare.save(out, format=kind, **options, **carried)
     except (OSError, ValueError, KeyError) as error:
         raise PictureError(f"cannot write as {kind}: {error}") from error
-    return out.getvalue(), sorted(set(kept) - set(KEEPS[kind]))
+    return out.getvalue(), lost
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

@@ -76,14 +76,14 @@ class Decoder:
             if entry == escape:
                 escaped.append((i, low, low + escape - 1))
         for i, low, high in escaped:
-            found[i] = read_escape(low, high, lambda: self._get([0, HALF, 2 * HALF]), 4 * self._at)
+            found[i] = read_escape(low, high, lambda: self._get([0, HALF, 2 * HALF]), self._offset())
         return found
 
     def _get(self, cumulative: list[int]) -> int:
         scale = self._range >> PRECISION
         share = self._ahead // scale
         if share >= 1 << PRECISION:
-            raise Damaged(min(4 * self._at, len(self._data)), IMPOSSIBLE)
+            raise Damaged(self._offset(), IMPOSSIBLE)
         entry = bisect_right(cumulative, share) - 1
         self._ahead -= scale * cumulative[entry]
         self._range = scale * (cumulative[entry + 1] - cumulative[entry])
@@ -94,6 +94,9 @@ class Decoder:
             self._range <<= WORD
             self._at += 1
         return entry
+
+    def _offset(self) -> int:
+        return min(4 * self._at, len(self._data))
 
     def finish(self) -> None:
         words = self._at + 2

@@ -39,7 +39,14 @@ def save(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """`about` must be JSON; it travels in the file's metadata."""
     host = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": FORMAT, "about": json.dumps(about)}
-    replace(path, lambda p: save_file(host, p, metadata))
+
+    def write(beside: Path) -> None:
+        save_file(host, beside, metadata)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)     # safetensors leaves 0600
+
+    replace(path, write)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    out, budget_s = args.out or Path("runs") / args.recipe.stem, seconds(args.budget)
     from linic.train.loop import train
 
-    out = args.out or Path("runs") / args.recipe.stem
-    result = train(args.recipe, data=args.data, valid=args.valid, out=out, budget_s=seconds(args.budget),
+    result = train(args.recipe, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
                    init=args.init, resume=args.resume, device=args.device, threads=args.threads,
                    end_file=args.end_file, cache=args.cache)
     if args.json:

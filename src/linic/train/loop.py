@@ -170,8 +170,8 @@ class Trainer:
             self.skipped += 1
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-                raise LinicError(f"{self.bad_in_a_row} steps in a row gave a loss or gradient that is not finite, "
-                                 f"after step {self.step_count}: lower optimiser.lr, or start from an earlier checkpoint")
+                raise LinicError(f"{self.bad_in_a_row} steps in a row, after step {self.step_count}, gave a loss or "
+                                 "gradient that is not finite: lower optimiser.lr, or start from an earlier checkpoint")
             return None
         self.optimiser.step()
         self.bad_in_a_row = 0
@@ -251,6 +251,7 @@ class Run:
         save, judge = Every(i.save_seconds, now), Every(i.evaluate_seconds, now)
         neighbours = Neighbours(torch.get_num_threads()) if self.about["threads_may_change"] else None
         decay_start = t.recipe.schedule.decay_start
+        self.write_status("running")
         while True:
             now = self.clock()
             if now >= self.end or self.stop.asked:
@@ -271,6 +272,7 @@ class Run:
             pause = time.perf_counter()
             if judge(now):
                 self.evaluate()
+                self.write_status("running")
             if save(now):
                 t.save(self.out)
                 self.write_status("running")
@@ -328,7 +330,8 @@ class Run:
         t = self.trainer
         return {"state": state, "progress": round(self.progress, 5), "elapsed_s": round(t.elapsed_s, 1),
                 "cpu_s": round(t.cpu_s, 1), "step": t.step_count, "crops": t.crop_count, "skipped": t.skipped,
-                "last": self.last, "best": t.best, **self.about, "updated": round(time.time()),
+                "last": self.last, "best": t.best, **self.about,
+                "pictures": len(t.crops.library.pictures), "updated": round(time.time()),
                 "recipe": asdict(t.recipe), "evaluations": t.evaluations}
 
     def write_status(self, state: str) -> None:
@@ -359,7 +362,7 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
         if resume and not going_on:
             say(f"{out}: nothing to resume, a new run starts")
         about = {"preset": recipe.model.preset, "init": str(init or ""), "device": device, "torch": torch.__version__,
-                 "budget_s": budget_s, "pictures": len(crops.library.pictures),
+                 "budget_s": budget_s,
                  "threads_may_change": not threads and device == "cpu" and Neighbours.useful(torch.get_num_threads())}
         run = Run(trainer, out, pictures, refuse, Path(end_file) if end_file else None, about, clock)
         state_name = "failed"
@@ -371,6 +374,9 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
                 if state_name == "done":
                     run.evaluate()
                     trainer.save(out)
+        except LinicError:
+            trainer.save(out)           # the weights before the trouble are good
+            raise
         finally:
             run.write_status(state_name)
     return checkpoint.json_like(run.status(state_name))

@@ -1,8 +1,10 @@
 """`linic encode IN [OUT]`."""
 import argparse
 import time
+from pathlib import Path
 
 from linic.app.cli import common
+from linic.errors import UsageError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output = common.choose_output(args, ".linic")
     import linic
-    from linic.picture.files import read_bytes
+    from linic.picture.files import FORMATS, read_bytes
+    if Path(output).suffix.lower() in FORMATS:
+        # `linic encode *.png` with two pictures would put the first over the second.
+        raise UsageError(f"{output}: the output of encode is a .linic file, not a picture")
     common.use_threads(args)
     with common.about(args.input):
         image = read_bytes(common.read_input(args.input), common.shown(args.input))

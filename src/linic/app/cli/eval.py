@@ -3,6 +3,7 @@ import argparse
 import json
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from linic.app.cli import common
@@ -35,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         common.write_output(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot:
-        report.plot([report.curve(result)], rivals, args.plot, title=f"{args.anchors or args.input}")
-    text = report.markdown(result, rivals)
+        report.plot([report.curve(result)], rivals, args.plot, title=args.anchors or Path(args.input).name)
+    text = report.markdown(result, rivals, anchors.PICTURES.get(args.anchors))
     if args.markdown not in (None, "-"):
         common.write_output(args.markdown, text.encode())
     if args.markdown == "-" or (args.markdown is None and args.json != "-"):
@@ -50,8 +51,7 @@ def show(row: dict[str, Any]) -> None:
 
 def command_of(args: argparse.Namespace) -> str:
     """What to type to get this result again; paths of this machine stay out of reports."""
-    folder = args.input.rstrip("/").rsplit("/", 1)[-1]
-    parts = ["linic", "eval", folder, "-q", ",".join(map(str, args.qualities)), "--model", args.model]
+    parts = ["linic", "eval", Path(args.input).name, "-q", ",".join(map(str, args.qualities)), "--model", args.model]
     for name in ("limit", "threads"):
         if getattr(args, name):
             parts += [f"--{name}", str(getattr(args, name))]

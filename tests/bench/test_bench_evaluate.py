@@ -80,6 +80,11 @@ def test_an_endless_psnr_stays_out_of_json():
 
 
 @pytest.mark.usefixtures("jpeg_codec")
+def test_a_folder_is_taken_as_its_pictures(folder):
+    assert len(bench.evaluate(folder, [50])["per_image"]) == 3
+
+
+@pytest.mark.usefixtures("jpeg_codec")
 def test_a_picture_that_comes_back_in_another_size_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(linic, "decode", lambda data, device: Image.new("RGB", (1, 1)))
     with pytest.raises(UsageError, match="came back"):

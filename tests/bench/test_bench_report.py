@@ -20,6 +20,12 @@ def test_the_report_has_a_row_a_quality_the_anchors_by_name_and_how_it_was_made(
     assert "cpu a processor" in text and "gpu" not in text and "`linic eval kodak`" in text
 
 
+def test_a_result_over_other_pictures_than_the_anchors_is_called_not_comparable():
+    some = RESULT | {"per_image": [{"name": "kodim01.png"}, {"name": "kodim01.png"}]}
+    assert "24 pictures, this result over 1" in report.markdown(some, anchors.load("kodak"), 24)
+    assert "Not comparable" not in report.markdown(some, anchors.load("kodak"), 1)
+
+
 def test_an_anchor_that_shares_no_psnr_is_named_with_the_reason():
     far = {"name": "far", "results": {"bpp": [1, 2], "psnr-rgb": [60.0, 61.0]}}
     assert "no PSNR in common" in report.markdown(far, anchors.load("kodak"))

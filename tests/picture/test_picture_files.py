@@ -64,6 +64,11 @@ def test_metadata_a_format_cannot_carry_is_named(tmp_path):
     assert save(attach(picture(), {"icc_profile": PROFILE, "xmp": XMP}), tmp_path / "a.bmp") == ["icc_profile", "xmp"]
 
 
+def test_xmp_that_is_no_utf8_is_lost_in_png_and_said_so(tmp_path):
+    assert save(attach(picture(), {"xmp": b"\xff\xfe<"}), tmp_path / "a.png") == ["xmp"]
+    assert save(attach(picture(), {"xmp": b"\xff\xfe<"}), tmp_path / "a.webp") == []
+
+
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(PictureError, match=r"\.xyz.*\.png"):
         save(picture(), tmp_path / "a.xyz")
@@ -123,6 +128,11 @@ def test_a_moving_picture_is_refused(tmp_path):
     picture().save(tmp_path / "a.webp", save_all=True, append_images=[Image.new("RGB", (33, 21))], lossless=True)
     with pytest.raises(PictureError, match="2 frames"):
         read(tmp_path / "a.webp")
+
+
+def test_the_photograph_of_a_phone_file_with_further_pictures_is_read(tmp_path):
+    picture().save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    assert read(tmp_path / "a.mpo").size == picture().size
 
 
 def test_transparency_is_refused_with_the_path_in_front(tmp_path):

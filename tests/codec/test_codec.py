@@ -1,0 +1,228 @@
+"""Pictures through whole files: round trips, sizes, rates, and files that are not right."""
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import linic
+from linic import codec, container, weights
+from linic.errors import Damaged, LatentsMismatch, LimitExceeded, ModelMissing, NotLinic, PictureError, UsageError
+
+PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.open(PHOTO).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def small(photo):
+    image = photo.crop((100, 100, 180, 170))
+    return image, linic.encode(image, quality=30)
+
+
+def psnr(a, b):
+    mse = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean()
+    return 10 * np.log10(65025 / mse)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (64, 64), (129, 200)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_any_size_comes_back_in_its_size_and_mode(photo, size, mode):
+    image = photo.convert(mode).crop((40, 40, 40 + size[0], 40 + size[1]))
+    back = linic.decode(linic.encode(image, quality=70))
+    assert (back.size, back.mode) == (size, mode)
+    assert psnr(image, back) > 24
+
+
+def test_a_photograph_gets_small_and_comes_back_well(photo):
+    data = linic.encode(photo, quality=50)
+    assert len(data) < photo.width * photo.height * 3 / 20
+    assert psnr(photo, linic.decode(data)) > 28
+
+
+def test_bytes_and_psnr_grow_with_quality(photo):
+    image = photo.crop((200, 100, 456, 356))
+    points = [(len(data), psnr(image, linic.decode(data)))
+              for data in (linic.encode(image, quality=q) for q in range(0, 101, 5))]
+    assert all(a < b for a, b in zip(points, points[1:]))
+    assert all(a[1] < b[1] for a, b in zip(points, points[1:]))
+
+
+@pytest.mark.parametrize("quality", [0, 40, 100])
+def test_a_file_costs_what_the_model_estimates(photo, quality):
+    image = photo.crop((0, 0, 768, 512))
+    model = linic.load("lalic-xs")
+    model.set_bf16(codec._fast_bf16(torch.device("cpu")))
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        found = model(x, torch.tensor([float(quality)]))["likelihoods"]
+    estimate = -sum(p.double().log2().sum().item() for p in found.values()) / 8
+    assert abs(len(linic.encode(image, quality=quality)) - estimate) < 0.01 * estimate + 64
+
+
+def test_the_same_picture_gives_the_same_bytes_and_pixels(small):
+    image, data = small
+    assert linic.encode(image, quality=30) == data
+    assert linic.decode(data).tobytes() == linic.decode(data).tobytes()
+
+
+def test_threads_change_neither_symbols_nor_validity(small):
+    image, data = small
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            linic.decode(data)  # raises LatentsMismatch where the latents differ
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_metadata_travels_unchanged(small, photo):
+    image = photo.crop((0, 0, 64, 64))
+    image.info = {"icc_profile": b"profile" * 20, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", "xmp": b"<x/>"}
+    data = linic.encode(image, quality=10)
+    back = linic.decode(data)
+    assert {k: back.info[k] for k in image.info} == image.info
+    assert linic.info(data)["metadata"] == {"ICCP": 140, "EXIF": len(image.info["exif"]), "XMP_": 4}
+
+
+def test_a_header_takes_at_most_64_bytes(small):
+    told = linic.info(small[1])
+    assert told["bytes"] - told["payload"] <= 64
+    assert told["model"] == "lalic-xs" and told["quality"] == [30] and told["arithmetic"] == "float64"
+
+
+@pytest.mark.parametrize("quality", [-1, 101, 50.5, "50", True, None])
+def test_a_quality_that_does_not_exist_is_a_usage_error(photo, quality):
+    with pytest.raises(UsageError, match="0 to 100"):
+        linic.encode(photo, quality=quality)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "1", "LA", "I;16", "F"])
+def test_other_modes_are_refused_by_name(mode):
+    with pytest.raises(PictureError, match=mode):
+        linic.encode(Image.new(mode, (8, 8)))
+
+
+def test_an_unknown_model_or_device_is_an_error_that_says_what_there_is(photo):
+    with pytest.raises(ModelMissing, match="lalic-xs"):
+        linic.encode(photo, model="lalic-xxl")
+    with pytest.raises(UsageError, match="cpu"):
+        linic.encode(photo, device="abacus")
+
+
+def test_what_is_no_linic_file_is_told_apart():
+    for data in (b"", b"\x89PNG\r\n\x1a\n" + bytes(40), b"hello"):
+        with pytest.raises(NotLinic):
+            linic.decode(data)
+
+
+def test_a_file_cut_anywhere_is_refused_with_an_offset_inside_it(small):
+    data = small[1]
+    for n in range(len(data)):
+        with pytest.raises(linic.DecodeError) as caught:
+            linic.decode(data[:n])
+        assert 0 <= caught.value.offset <= n
+
+
+def test_two_thousand_mutations_give_one_typed_error_each_or_a_picture(small):
+    rng, data = random.Random(7), small[1]
+    for _ in range(2000):
+        bad = bytearray(data)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            at = rng.randrange(len(bad))
+            choice = rng.random()
+            if choice < 0.6:
+                bad[at] ^= 1 << rng.randrange(8)
+            elif choice < 0.8:
+                del bad[at]
+            else:
+                bad.insert(at, rng.randrange(256))
+        try:
+            linic.decode(bytes(bad), max_pixels=1 << 20)
+        except linic.DecodeError as error:
+            assert 0 <= error.offset <= len(bad)
+        except ModelMissing:
+            pass  # a file whose digest was hit names another model
+        else:
+            assert bytes(bad) == data
+
+
+def test_damage_behind_good_container_checksums_is_found_by_the_coder_or_the_latents_checksum(small):
+    rng, file = random.Random(8), container.parse(small[1])
+    payload = file.tiles[0].payload
+    found = set()
+    for i in range(120):
+        bad = bytearray(payload)
+        if i % 3 == 0:
+            bad = bytearray(rng.randbytes(rng.randrange(0, 2 * len(payload))))
+        elif i % 3 == 1:
+            bad = bad[: rng.randrange(len(bad))]
+        else:
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        data = container.build(replace(file, tiles=[replace(file.tiles[0], payload=bytes(bad))]))
+        with pytest.raises((Damaged, LatentsMismatch)) as caught:
+            linic.decode(data)
+        found.add(type(caught.value))
+        assert 0 <= caught.value.offset <= len(data)
+    assert Damaged in found
+
+
+def test_a_wrong_checksum_of_the_latents_is_a_mismatch_and_no_picture(small):
+    file = container.parse(small[1])
+    data = container.build(replace(file, tiles=[replace(file.tiles[0], checksum=file.tiles[0].checksum ^ 1)]))
+    with pytest.raises(LatentsMismatch) as caught:
+        linic.decode(data)
+    assert caught.value.exit_code == 5
+
+
+def test_a_size_beyond_the_callers_limit_is_refused_before_memory_is_taken(small):
+    with pytest.raises(LimitExceeded, match="max_pixels"):
+        linic.decode(small[1], max_pixels=1000)
+    file = container.parse(small[1])
+    huge = container.build(replace(file, width=1 << 20, height=1 << 20))
+    with pytest.raises(LimitExceeded):
+        linic.decode(huge)
+
+
+def test_a_file_of_a_model_that_is_not_here_names_it(small):
+    file = container.parse(small[1])
+    data = container.build(replace(file, digest=bytes(8), model=2))
+    with pytest.raises(ModelMissing, match=r"lalic-s .*0000000000000000.*LINIC_MODELS"):
+        linic.decode(data)
+    with pytest.raises(ModelMissing, match="digest"):
+        linic.decode(data, model="lalic-xs")
+
+
+def test_a_model_of_ones_own_codes_by_path_and_by_folder(tmp_path, monkeypatch, photo):
+    torch.manual_seed(0)
+    from linic.models import build
+
+    model = build("lalic-xs").eval()
+    model.init_klt(torch.rand(64, 64, 64, 3))
+    weights.save(tmp_path / "mine.safetensors", model, {"name": "mine"})
+    image = photo.crop((0, 0, 64, 64))
+    data = linic.encode(image, quality=80, model=tmp_path / "mine.safetensors")
+    assert linic.info(data)["model"] is None
+    with pytest.raises(ModelMissing, match="mine|LINIC_MODELS"):
+        linic.decode(data)
+    first = linic.decode(data, model=tmp_path / "mine.safetensors")
+    monkeypatch.setenv("LINIC_MODELS", str(tmp_path))
+    assert linic.decode(data).tobytes() == first.tobytes()
+    assert linic.encode(image, quality=80, model="mine") == data
+
+
+def test_importing_linic_reading_info_and_help_load_neither_torch_nor_numpy(tmp_path, small):
+    (tmp_path / "x.linic").write_bytes(small[1])
+    code = (f"import linic, sys; linic.info(open({str(tmp_path / 'x.linic')!r}, 'rb').read()); linic.__version__; "
+            "print([m for m in ('torch', 'numpy', 'PIL', 'safetensors') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,261 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from train_helpers import ROOT, Clock, Tiny, encoded, picture
+
+from linic.errors import LinicError, RecipeError, UsageError
+from linic.train import checkpoint, loop
+from linic.train import recipe as recipes
+from linic.train.loop import train
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Numbers and learning rate of every step of the test."""
+    seen = []
+    step = loop.Trainer.step
+
+    def recorded(self, progress):
+        numbers = step(self, progress)
+        seen.append((progress, self.optimiser.param_groups[0]["lr"], numbers))
+        return numbers
+
+    monkeypatch.setattr(loop.Trainer, "step", recorded)
+    return seen
+
+
+def run(recipe, pictures, out, looks=13, model=None, clock=None, **more):
+    """`looks` seconds of budget are `looks` - 1 steps."""
+    return train(recipe, data=pictures, out=out, budget_s=looks, model=model or Tiny(), clock=clock or Clock(),
+                 device="cpu", threads=1, cache=pictures.parent / "cache", **more)
+
+
+def state_of(out):
+    return checkpoint.load(out / "state.safetensors")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_leaves_weights_state_and_a_status(small, pictures, valid, tmp_path, capfd):
+    out = tmp_path / "run"
+    result = run(small, pictures, out, valid=valid)
+    assert result["state"] == "done" and result["step"] == 12 and result["crops"] == 6 * 2 + 6 * 3
+    written = json.loads((out / "status.json").read_text())
+    assert written == {**result, "updated": written["updated"]}
+    for name in ("raw", "ema", "best"):
+        tensors, about = checkpoint.load(out / f"{name}.safetensors")
+        assert tensors.keys() == Tiny().state_dict().keys() and about["preset"] == "lalic-xs"
+    assert tensors["started"] == loop.KLT_CROPS         # the start was called, and buffers reach every file
+    judged = result["evaluations"]
+    assert {e["weights"] for e in judged} == {"raw", "ema"} and len(judged[0]["points"]) == 2
+    assert result["best"]["score"] == min(e["score"] for e in judged)
+    said = capfd.readouterr().err
+    assert all(word in said for word in ("crops/s", "loss", "bpp", "(z", "PSNR", "norm", "lr", "skipped", "valid, ema"))
+    assert not list(out.glob("*.tmp")) and "trunk.safetensors" not in os.listdir(out)
+
+
+def test_training_lowers_the_loss(small, pictures, tmp_path, steps):
+    fast = dataclasses.replace(small, optimiser=dataclasses.replace(small.optimiser, lr=0.02))
+    run(fast, pictures, tmp_path / "run", looks=60)
+    losses = [numbers[0] for _, _, numbers in steps]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_run_cut_in_two_equals_an_uncut_one_step_for_step(small, pictures, valid, tmp_path, steps):
+    run(small, pictures, tmp_path / "whole", valid=valid)
+    whole, steps[:] = list(steps), []
+    stopped = run(small, pictures, tmp_path / "cut", clock=Clock({7: terminate}), valid=valid)
+    assert stopped["state"] == "stopped" and stopped["step"] == 6 == len(steps)
+    run(small, pictures, tmp_path / "cut", clock=Clock(), resume=True, valid=valid)
+    assert steps == whole and len(whole) == 12
+    (a, about_a), (b, about_b) = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    same = ("step", "crops", "skipped", "elapsed_s", "rng")
+    assert [about_a[k] for k in same] == [about_b[k] for k in same]
+
+
+def test_the_first_signal_stops_gently_and_the_handlers_come_back(small, pictures, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    clock = Clock({3: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert run(small, pictures, tmp_path / "run", clock=clock)["state"] == "stopped"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+
+
+class Moody(Tiny):
+    """Not finite in the steps listed."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def forward(self, x, quality):
+        out = super().forward(x, quality)
+        self.calls += 1
+        if self.training and self.calls in self.bad:
+            out["x_hat"] = out["x_hat"] * float("nan")
+        return out
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(small, pictures, tmp_path, steps):
+    result = run(small, pictures, tmp_path / "run", model=Moody({3, 4, 9}))
+    assert (result["step"], result["skipped"]) == (9, 3)
+    assert [i + 1 for i, (_, _, numbers) in enumerate(steps) if numbers is None] == [3, 4, 9]
+    assert all(torch.isfinite(t.float()).all() for t in state_of(tmp_path / "run")[0].values())
+
+
+def test_fifty_such_steps_in_a_row_end_the_run_with_the_good_weights_saved(small, pictures, tmp_path):
+    with pytest.raises(LinicError, match="50 steps in a row, after step 4, gave a loss"):
+        run(small, pictures, tmp_path / "run", looks=100, model=Moody(set(range(5, 100))))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    tensors, about = checkpoint.load(tmp_path / "run" / "raw.safetensors")
+    assert about["step"] == 4 and all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_a_crash_while_saving_leaves_the_file_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "raw.safetensors"
+    checkpoint.save(path, {"w": torch.ones(3)}, {"step": 1})
+
+    def crash(tensors, beside, metadata):
+        beside.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"w": torch.zeros(3)}, {"step": 2})
+    tensors, about = checkpoint.load(path)
+    assert torch.equal(tensors["w"], torch.ones(3)) and about == {"step": 1}
+    monkeypatch.undo()
+    checkpoint.save(path, {"w": torch.zeros(3)}, {"step": 2})       # what lies beside does not disturb the next time
+    assert checkpoint.load(path)[1] == {"step": 2}
+
+
+def test_state_is_saved_on_the_way(small, pictures, tmp_path, monkeypatch):
+    saved = []
+    save = loop.Trainer.save
+    monkeypatch.setattr(loop.Trainer, "save", lambda self, out: (saved.append(self.step_count), save(self, out)))
+    run(small, pictures, tmp_path / "run")
+    assert saved == [5, 10, 12, 12]
+
+
+def test_a_linear_schedule_keeps_the_trunk_from_before_the_decay(small, pictures, tmp_path, steps):
+    recipe = dataclasses.replace(small, schedule=recipes.Schedule("linear", 0.0, 0.5))
+    run(recipe, pictures, tmp_path / "run", looks=10)
+    assert checkpoint.load(tmp_path / "run" / "trunk.safetensors")[1] == {
+        "preset": "lalic-xs", "step": 4, "weights": "trunk"}
+    assert [lr / 2e-3 for _, lr, _ in steps] == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_an_end_file_moves_the_end(small, pictures, tmp_path, steps):
+    end = tmp_path / "end"
+    clock = Clock({2: lambda: end.write_text("not yet a number"), 8: lambda: end.write_text("1020")})
+    result = run(small, pictures, tmp_path / "run", looks=1000, clock=clock, end_file=end)
+    assert result["state"] == "done" and result["step"] == 19
+    assert steps[8][0] == pytest.approx(0.009) and steps[10][0] == pytest.approx(11 / 20)
+
+
+def test_a_run_is_not_overwritten_by_another(small, pictures, tmp_path):
+    run(small, pictures, tmp_path / "run", looks=3)
+    with pytest.raises(UsageError, match="holds weights of a run: pass --resume"):
+        run(small, pictures, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(small, pictures, tmp_path):
+    run(small, pictures, tmp_path / "run", looks=3)
+    with pytest.raises(UsageError, match=r"another recipe \(differs in seed, ema\)"):
+        run(dataclasses.replace(small, seed=1, ema=recipes.Ema(0.5, 1)), pictures, tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="only one of them"):
+        run(small, pictures, tmp_path / "run", resume=True, init="x")
+
+
+def test_init_starts_from_a_checkpoint_and_refuses_strangers(small, pictures, tmp_path):
+    run(small, pictures, tmp_path / "a", looks=3)
+    start = tmp_path / "a" / "ema.safetensors"
+    run(dataclasses.replace(small, optimiser=dataclasses.replace(small.optimiser, lr=1e-12)), pictures, tmp_path / "b",
+        looks=3, init=start)
+    old, new = checkpoint.load(start)[0], checkpoint.load(tmp_path / "b" / "raw.safetensors")[0]
+    assert all(torch.allclose(old[k], new[k], atol=1e-8) for k in old)
+    checkpoint.save(tmp_path / "shape.safetensors", {"down.weight": torch.ones(2, 3)}, {"step": 0})
+    with pytest.raises(UsageError, match=r"down.weight has shape \(2, 3\), the model's has \(8, 3, 16, 16\)"):
+        run(small, pictures, tmp_path / "c", init=tmp_path / "shape.safetensors")
+    checkpoint.save(tmp_path / "names.safetensors", {"other": torch.ones(2)}, {"step": 0})
+    with pytest.raises(UsageError, match="no tensor has a name of this model"):
+        run(small, pictures, tmp_path / "c", init=tmp_path / "names.safetensors")
+
+
+def test_init_knows_what_the_weights_room_knows(small, pictures, tmp_path, monkeypatch):
+    from linic import weights
+
+    asked, start = [], Tiny()
+    nn.init.constant_(start.ln_scale, 0.75)
+    monkeypatch.setattr(weights, "load", lambda name: (asked.append(name), SimpleNamespace(model=start))[1])
+    recipe = dataclasses.replace(small, optimiser=dataclasses.replace(small.optimiser, lr=1e-12))
+    run(recipe, pictures, tmp_path / "run", looks=2, init="lalic-xs")
+    assert asked == ["lalic-xs"]
+    assert torch.allclose(checkpoint.load(tmp_path / "run" / "raw.safetensors")[0]["ln_scale"], start.ln_scale)
+
+
+def test_evaluation_pictures_may_not_train(small, pictures, valid, tmp_path):
+    (pictures / "found.jpg").write_bytes(encoded(picture(101, 70, 100), "jpeg"))
+    with pytest.raises(UsageError, match=r"found\.jpg looks like .*101\.png"):
+        run(small, pictures, tmp_path / "run", valid=valid)
+
+
+def test_a_crop_that_the_model_cannot_take_is_a_recipe_error(small, pictures, tmp_path):
+    with pytest.raises(RecipeError, match="crop 72 is no multiple of 64"):
+        run(dataclasses.replace(small, phases=(recipes.Phase(0.0, 72, 2),)), pictures, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "recipes").glob("*.toml")))
+def test_every_recipe_trains_its_model_for_three_steps(name, pictures, valid, tmp_path, steps, monkeypatch):
+    monkeypatch.setattr(loop, "KLT_CROPS", 64)
+    recipe = recipes.load(ROOT / "recipes" / f"{name}.toml")
+    recipe = dataclasses.replace(recipe, phases=(recipes.Phase(0.0, 64, 2),),
+                                 evaluation=recipes.Evaluation(1, (10.0, 90.0)))
+    result = train(recipe, data=pictures, valid=valid, out=tmp_path / "run", budget_s=4, clock=Clock(), device="cpu",
+                   threads=1)
+    assert result["step"] == 3 and result["skipped"] == 0
+    assert all(numbers is not None and 0 < numbers[1] < 24 for _, _, numbers in steps)
+    low, high = result["evaluations"][0]["points"]
+    assert 0 < low["bpp"] < high["bpp"] and 10 < low["psnr"] < high["psnr"]
+
+
+def test_global_settings_of_torch_come_back(small, pictures, tmp_path):
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    run(small, pictures, tmp_path / "run", looks=2)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+    assert torch.tensor([1e-40]).mul(1.0).item() != 0
+
+
+def test_one_thread_is_used_while_a_neighbour_is_busy(monkeypatch):
+    samples = iter([(0.0, 0.0, 0.0), (5.0, 10.0, 9.9), (10.0, 20.0, 15.0), (15.0, 26.5, 20.0), (20.0, 31.6, 25.0)])
+    monkeypatch.setattr(loop.Neighbours, "_sample", lambda self: next(samples))
+    neighbours = loop.Neighbours(2)
+    # others took .02, 1.0, .3 and .02 cores
+    assert [neighbours.look() for _ in range(4)] == [2, 1, 1, 2]
+
+
+def test_the_door_sets_the_spin_count_and_does_not_import_torch():
+    code = ("import os, sys, linic.train.command as c, argparse; c.add_arguments(argparse.ArgumentParser());"
+            "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)")
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    env["PYTHONPATH"] = str(ROOT / "src")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1000", "False"]
+
+
+def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-m", "linic.train", "x.toml", "--data", str(tmp_path), "--budget", "soon"],
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("linic: budget 'soon' is not a time")

@@ -1,0 +1,110 @@
+"""Weight files: what is shipped is whole, and what is not right is refused with its reason."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linic import weights
+from linic.errors import ModelMissing, WeightsError
+from linic.models import build
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = build("lalic-xs").eval()
+    weights.save(path, model, {"name": "tiny"})
+    return path, model
+
+
+def rewrite(path, out, change_tensors=None, change_card=None):
+    tensors, card = load_file(path), weights.read_card(path)
+    if change_tensors:
+        change_tensors(tensors)
+    if change_card:
+        change_card(card)
+    save_file(tensors, out, {"linic": json.dumps(card)})
+    return out
+
+
+def test_shipped_weights_are_listed_with_a_card_and_are_small():
+    shipped = [m for m in weights.available() if m["name"] == "lalic-xs"]
+    assert shipped and "error" not in shipped[0]
+    assert shipped[0]["bytes"] <= 8_000_000
+    loaded = weights.load("lalic-xs")
+    assert loaded.digest.hex() == shipped[0]["digest"]
+    assert sum(p.numel() for p in loaded.model.parameters()) == shipped[0]["parameters"]
+    assert len(loaded.tables) == 128 + loaded.model.config.hyper_latents
+
+
+def test_what_is_saved_is_loaded_within_the_rounding_of_storage(file):
+    path, model = file
+    loaded = weights.load(path).model.state_dict()
+    for key, value in model.state_dict().items():
+        step = value.abs().max() / 127 if key.endswith(weights._INT8) else value.abs().max() / 1024
+        assert torch.allclose(loaded[key], value, atol=float(step) / 2 + 1e-7), key
+
+
+def test_saving_is_deterministic(file, tmp_path):
+    path, model = file
+    weights.save(tmp_path / "again.safetensors", model, {"name": "tiny"})
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def drop(t):
+    del t["net.h_s.head.proj.bias"]
+
+
+def reshape(t):
+    t["net.h_s.head.proj.bias"] = torch.zeros(7)
+
+
+def poison(t):
+    t["net.g_s.head.proj.bias"][0] = float("nan")
+
+
+def swap(t):
+    t["net.h_s.head.proj.bias"][3] += 1
+
+
+def starve(t):
+    t["tables.freqs"][0] = 0
+
+
+def huge(card):
+    card["config"]["transform"]["widths"] = [1 << 20, 128, 256]
+
+
+@pytest.mark.parametrize("tensors, card, message", [
+    (drop, None, "h_s.head.proj.bias should have shape"),
+    (reshape, None, "the file has \\(7,\\)"),
+    (poison, None, "not finite"),
+    (swap, None, "digest"),
+    (starve, None, "digest"),
+    (None, huge, "should have shape"),
+    (None, lambda c: c.update(format=99), "weight format 99"),
+    (None, lambda c: c["config"].update(latents="many"), "latents"),
+    (None, lambda c: c.pop("config"), "no linic card"),
+])
+def test_a_weight_file_that_is_not_right_is_refused_with_its_reason(file, tmp_path, tensors, card, message):
+    bad = rewrite(file[0], tmp_path / "bad.safetensors", tensors, card)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(bad)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, data):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match="safetensors|card"):
+        weights.read_card(tmp_path / "x.safetensors")
+
+
+def test_a_broken_file_in_a_folder_is_listed_as_broken_and_hides_no_other(tmp_path, monkeypatch):
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    monkeypatch.setenv("LINIC_MODELS", str(tmp_path))
+    names = {m["name"]: m.get("error") for m in weights.available()}
+    assert names["broken"] and names["lalic-xs"] is None
+    with pytest.raises(ModelMissing, match="LINIC_MODELS"):
+        weights.find("broken")
