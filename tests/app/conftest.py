@@ -25,7 +25,7 @@ def info(data):
     return json.loads(data[len(MAGIC):].split(b"\n", 1)[0])
 
 
-def decode(data, *, max_pixels=1 << 28, device="auto"):
+def decode(data, *, model=None, max_pixels=1 << 28, device="auto"):
     head = info(data)
     if head["width"] * head["height"] > max_pixels:
         raise LimitExceeded(8, f"{head['width']}x{head['height']} is over the limit of {max_pixels} pixels")

@@ -18,7 +18,7 @@ def encode(image, quality=50, model="", device=""):
     return out.getvalue()
 
 
-def decode(data, device=""):
+def decode(data, model=None, device=""):
     return Image.open(io.BytesIO(data))
 
 
@@ -86,7 +86,7 @@ def test_a_folder_is_taken_as_its_pictures(folder):
 
 @pytest.mark.usefixtures("jpeg_codec")
 def test_a_picture_that_comes_back_in_another_size_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(linic, "decode", lambda data, device: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(linic, "decode", lambda data, model, device: Image.new("RGB", (1, 1)))
     with pytest.raises(UsageError, match="came back"):
         bench.evaluate(bench.pictures_in(folder), [50])
 

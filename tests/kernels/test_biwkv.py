@@ -15,13 +15,13 @@ from linic.kernels.biwkv.reference import biwkv as reference
 
 # Largest error allowed, relative to the largest value of the tensor. One table, with its reasons.
 TOLERANCE = {
-    # Products and sums round at 6e-8; carries are double; exp of an argument up to 60 in float32 errs by 4e-6.
-    torch.float32: 1e-5,
-    # e^{p w} with |p w| up to 200 errs by 2e-14; sums over 1,000 tokens of either sign.
-    torch.float64: 1e-11,
+    # Products and sums round at 6e-8, exp of a position's weight (up to e^20) at 1e-6; carries are double.
+    torch.float32: 5e-6,
+    # An exponent of 200,000 (w = -200 a token, 1,000 tokens) has 3e-11 between neighbours, in the reference too.
+    torch.float64: 2e-10,
 }
-# k of +-60 puts differences of 120 into exp: 120 * 6e-8, in numerator and denominator.
-WIDE_KEYS = 5e-5
+# gw alone sums T^2 terms of either sign that nearly cancel: its relative error is that of the sum of their sizes.
+GW_FACTOR = {torch.float32: 20, torch.float64: 1}
 
 INSTRUCTION_SETS = [
     name for name in ("avx512", "avx2", "baseline") if native.lib is not None and native.lib.linic_use_isa(name.encode())
@@ -71,11 +71,16 @@ def value_and_gradients(function, inputs):
     return [y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype))]
 
 
-def assert_close(got, expected, tolerance):
+def by_reference(inputs):
+    return value_and_gradients(reference, [t.double() for t in inputs])
+
+
+def assert_close(got, expected, dtype, factor=1):
     for name, a, b in zip(("y", "gw", "gu", "gk", "gv"), got, expected):
         scale = max(b.double().abs().max().item(), 0.1)  # a gradient that is 0 in truth is a difference of terms near 1
         worst = (a.double() - b.double()).abs().max().item()
-        assert worst <= tolerance * scale, f"{name}: off by {worst:.1e} at scale {scale:.1e}"
+        allowed = factor * TOLERANCE[dtype] * (GW_FACTOR[dtype] if name == "gw" else 1)
+        assert worst <= allowed * scale, f"{name}: off by {worst:.1e} at scale {scale:.1e}"
 
 
 def seed_of(*case):
@@ -86,7 +91,7 @@ def seed_of(*case):
 @cache
 def expected(batch, tokens, channels, decay, spread):
     inputs = random_inputs(batch, tokens, channels, decay, spread, seed_of(tokens, decay, spread))
-    return inputs, value_and_gradients(reference, inputs)
+    return inputs, by_reference(inputs)
 
 
 def test_the_reference_is_the_formula():
@@ -107,7 +112,7 @@ def test_value_and_gradients_are_the_references(form, tokens, decay, spread):
     batch, channels = (1, 3) if tokens == 1000 else (2, 19)
     inputs, right = expected(batch, tokens, channels, decay, spread)
     got = value_and_gradients(lambda *a: biwkv(*a, backend=backend), [t.to(dtype) for t in inputs])
-    assert_close(got, right, WIDE_KEYS if spread == 60 and dtype == torch.float32 else TOLERANCE[dtype])
+    assert_close(got, right, dtype)
     assert got[0].dtype == dtype
 
 
@@ -119,7 +124,7 @@ def test_24576_tokens_agree_with_the_float64_scan(form, decay):
     y, aux = torch_form._forward_scan(w, u, k, v)
     right = [y, *torch_form._backward_scan(w, u, k, v, y, aux, g)]
     got = value_and_gradients(lambda *a: biwkv(*a, backend=backend), [t.to(dtype) for t in inputs])
-    assert_close(got, right, TOLERANCE[dtype])
+    assert_close(got, right, dtype)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 15, 16, 17, 31, 33, 48])
@@ -127,7 +132,7 @@ def test_any_number_of_channels(form, channels):
     backend, dtype = form
     inputs = random_inputs(3, 21, channels, "bounded", 3, channels)
     got = value_and_gradients(lambda *a: biwkv(*a, backend=backend), [t.to(dtype) for t in inputs])
-    assert_close(got, value_and_gradients(reference, inputs), TOLERANCE[dtype])
+    assert_close(got, by_reference(inputs), dtype)
 
 
 def test_keys_and_values_may_be_slices_of_one_tensor(form):
@@ -160,9 +165,9 @@ def test_an_expanded_gradient_and_batch_are_taken(form):
     leaves = [t.requires_grad_() for t in (w, u, k, v)]
     y = biwkv(w, u, k.expand(4, -1, -1), v.expand(4, -1, -1), backend=backend)
     single = reference(w, u, k, v)
-    assert_close([y], [single.expand(4, -1, -1)], TOLERANCE[dtype])
+    assert_close([y], [single.expand(4, -1, -1)], dtype)
     got = torch.autograd.grad(y.sum(), leaves)
-    assert_close(got, torch.autograd.grad(4 * single.sum(), leaves), 20 * TOLERANCE[dtype])  # gk, gw are nearly 0
+    assert_close(got, torch.autograd.grad(4 * single.sum(), leaves), dtype, 20)  # gk, gw are nearly 0
 
 
 def test_every_output_is_written(form):
@@ -191,7 +196,7 @@ def test_a_constant_added_to_keys_changes_nothing_and_to_values_adds_itself(form
     backend, dtype = form
     w, u, k, v, _ = (t.to(dtype) for t in random_inputs(2, 50, 9, "bounded", 3, 9))
     y = biwkv(w, u, k, v, backend=backend)
-    assert_close([biwkv(w, u, k + 4, v + 1, backend=backend)], [y + 1], 10 * TOLERANCE[dtype])
+    assert_close([biwkv(w, u, k + 4, v + 1, backend=backend)], [y + 1], dtype, 10)
 
 
 def test_extreme_u_is_taken(form):
@@ -199,7 +204,7 @@ def test_extreme_u_is_taken(form):
     w, u, k, v, g = (t.to(dtype) for t in random_inputs(1, 20, 6, "bounded", 3, 10))
     inputs = (w, 200 * u, k, v, g)
     got = value_and_gradients(lambda *a: biwkv(*a, backend=backend), inputs)
-    assert_close(got, value_and_gradients(reference, inputs), TOLERANCE[dtype])
+    assert_close(got, by_reference(inputs), dtype)
 
 
 @pytest.mark.parametrize("decay", ["bounded", "huge", "huge, negative"])
@@ -252,7 +257,7 @@ def test_compile_inference_mode_and_meta(form):
     eager = value_and_gradients(lambda *a: biwkv(*a, backend=backend), inputs)
     compiled = torch.compile(lambda *a: 2 * biwkv(*a, backend=backend), backend="aot_eager", fullgraph=True)
     doubled = value_and_gradients(compiled, inputs)
-    assert_close(doubled, [2 * t for t in eager], 1e-6)
+    assert_close(doubled, [2 * t for t in eager], dtype)
     with torch.inference_mode():
         assert torch.equal(biwkv(*inputs[:4], backend=backend), eager[0])
     meta = biwkv(*(t.to("meta") for t in inputs[:4]))
@@ -298,7 +303,7 @@ def test_native_takes_float32_on_a_cpu_only():
 def test_native_and_torch_agree(decay):
     inputs = random_inputs(2, 300, 35, decay, 5, 17)
     runs = [value_and_gradients(lambda *a, b=b: biwkv(*a, backend=b), inputs) for b in ("native", "torch")]
-    assert_close(*runs, 2 * TOLERANCE[torch.float32])
+    assert_close(*runs, torch.float32, 2)
 
 
 @needs_native

@@ -1,9 +1,13 @@
 """A small recipe, and folders of pictures to train on and to judge by."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))         # pytest's importlib mode does not: train_helpers lies here
+
 from train_helpers import ROOT, encoded, picture
 
 from linic.train import recipe as recipes

@@ -12,7 +12,7 @@ from torch import nn
 from train_helpers import ROOT, Clock, Tiny, encoded, picture
 
 from linic.errors import LinicError, RecipeError, UsageError
-from linic.train import checkpoint, loop
+from linic.train import checkpoint, loop, machine
 from linic.train import recipe as recipes
 from linic.train.loop import train
 
@@ -239,8 +239,8 @@ def test_global_settings_of_torch_come_back(small, pictures, tmp_path):
 
 def test_one_thread_is_used_while_a_neighbour_is_busy(monkeypatch):
     samples = iter([(0.0, 0.0, 0.0), (5.0, 10.0, 9.9), (10.0, 20.0, 15.0), (15.0, 26.5, 20.0), (20.0, 31.6, 25.0)])
-    monkeypatch.setattr(loop.Neighbours, "_sample", lambda self: next(samples))
-    neighbours = loop.Neighbours(2)
+    monkeypatch.setattr(machine.Neighbours, "_sample", lambda self: next(samples))
+    neighbours = machine.Neighbours(2)
     # others took .02, 1.0, .3 and .02 cores
     assert [neighbours.look() for _ in range(4)] == [2, 1, 1, 2]
 

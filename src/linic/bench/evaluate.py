@@ -72,7 +72,7 @@ def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *,
 
 def _warm_up(path: Path, quality: int, model: str, device: str) -> None:
     import linic
-    linic.decode(linic.encode(read(path), quality=quality, model=model, device=device), device=device)
+    linic.decode(linic.encode(read(path), quality=quality, model=model, device=device), model=model, device=device)
 
 
 def measure(path: Path, quality: int, file: Path, model: str, device: str) -> Row:
@@ -85,7 +85,7 @@ def measure(path: Path, quality: int, file: Path, model: str, device: str) -> Ro
     size = file.stat().st_size
     data = file.read_bytes()
     decoding = time.perf_counter()
-    decoded = linic.decode(data, device=device)
+    decoded = linic.decode(data, model=model, device=device)
     finished = time.perf_counter()
     if (decoded.size, decoded.mode) != (image.size, image.mode):
         raise UsageError(f"{path}: came back as {decoded.mode} {decoded.size}, was {image.mode} {image.size}")

@@ -5,6 +5,7 @@
     loss.py        rate and distortion of a batch, as one number for every quality
     evaluate.py    hard rounding on validation pictures
     checkpoint.py  weights and state on disk, whole or not at all
+    machine.py     cores, signals, torch's global switches
     loop.py        READ FIRST: the run, planned from a wall-clock budget
     command.py     `linic train` and `python -m linic.train`
     export.py      the only door to shipping

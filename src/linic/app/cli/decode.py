@@ -10,6 +10,7 @@ from linic.errors import UsageError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     common.add_files(parser, "a .linic file", "the picture, PNG by default; its suffix names the format")
+    parser.add_argument("--model", metavar="NAME|PATH", help="a model that is not installed (the file names its model)")
     parser.add_argument("--max-pixels", type=common.positive, metavar="N", help="refuse larger pictures")
     common.add_machine(parser)
     common.add_json(parser)
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     with common.about(args.input):
         data = common.read_input(args.input)
         started = time.perf_counter()
-        image = linic.decode(data, device=args.device, **limit)
+        image = linic.decode(data, model=args.model, device=args.device, **limit)
         seconds = time.perf_counter() - started
     with common.about(output):
         written, lost = to_bytes(image, suffix)

@@ -79,7 +79,7 @@ def round_trip(model: str, device: str) -> dict[str, Any]:
     card = test_card()
     started = time.perf_counter()
     data = linic.encode(card, quality=60, model=model, device=device)
-    again = linic.decode(data, device=device)
+    again = linic.decode(data, model=model, device=device)
     db = psnr(to_array(card), to_array(again))
     if db < ENOUGH_DB:
         raise LinicError(f"the test card came back at {db:.1f} dB, {ENOUGH_DB} are needed")

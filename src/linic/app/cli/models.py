@@ -17,6 +17,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, default=str))
         return 0
+    if args.verbose:
+        from linic import kernels
+        for operator, backends in kernels.backends().items():
+            print(f"{operator}: " + ", ".join(f"{k}: {v}" for k, v in backends.items()))
     if not found:
         print("linic: no models installed", file=sys.stderr)
     for model in found:

@@ -43,7 +43,7 @@ def _narrow(w: Tensor, u: Tensor, tokens: int) -> bool:
 def _forward_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     x = _shares(k, v)
     left, right = _both_sides(x, w)
-    n, d = left.add_(right).addcmul_(u.exp(), x)
+    n, d = (left[i] + right[i] + u.exp() * x[i] for i in range(2))  # d is kept: alone, not as half of a stack
     return n / d, d
 
 
