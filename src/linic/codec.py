@@ -21,7 +21,9 @@ from linic.errors import Damaged, LatentsMismatch, ModelMissing, Unsupported, Us
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from linic.models import Lalic
 
 DEFAULT_MODEL = "lalic-xs"
 DEFAULT_QUALITY = 50
@@ -70,7 +72,7 @@ def info(data: bytes) -> dict[str, Any]:
     }
 
 
-def load(name: str | PathLike[str] = DEFAULT_MODEL, pretrained: bool = True) -> "nn.Module":
+def load(name: str | PathLike[str] = DEFAULT_MODEL, pretrained: bool = True) -> "Lalic":
     """The torch module of a model, in eval mode: `forward(x, quality) -> {"x_hat", "likelihoods": {"y", "z"}}`.
 
     pretrained: with the weights installed under that name (or at that path); else a preset with fresh weights.
@@ -93,7 +95,8 @@ class Codec:
         loaded = weights.load(path)
         self.name, self.digest, self.tables = loaded.card["name"], loaded.digest, loaded.tables
         self.device = torch.device(device)
-        self.model = merge_shifts(loaded.model).to(self.device).requires_grad_(False)
+        self.model = loaded.model.to(self.device).requires_grad_(False)
+        merge_shifts(self.model)
         self.model.set_bf16(_fast_bf16(self.device))
         for net in self.model.normative():
             net.double()
@@ -119,7 +122,7 @@ class Codec:
             limit = 1 << 23  # far beyond any clamp that follows; keeps the conversion defined for any weights
             y_q8 = torch.round(y[0] * 256).nan_to_num().clamp(-limit, limit).int()
             coder = Encoder(self.tables)
-            plan = self.model.plan(self._level(quality), tuple(z.shape[:2]), z, y_q8)
+            plan = self.model.plan(self._level(quality), (z.shape[0], z.shape[1]), z, y_q8)
             y_hat_q8 = walk(plan, coder).cpu().numpy()
         kept = {TAGS[key]: value for key, value in picture.metadata(image).items()}
         file = container.Image(width, height, [container.Tile(int(quality), coder.finish())], image.mode,
@@ -128,7 +131,6 @@ class Codec:
         return container.build(file)
 
     def decode(self, file: container.Image) -> "Image.Image":
-        import numpy as np
         import torch
 
         from linic import picture

@@ -74,8 +74,8 @@ def test_the_same_picture_gives_the_same_bytes_and_pixels(small):
     assert linic.decode(data).tobytes() == linic.decode(data).tobytes()
 
 
-def test_threads_change_neither_symbols_nor_validity(small):
-    image, data = small
+def test_a_file_written_with_one_number_of_threads_decodes_with_another(small):
+    data = small[1]
     threads = torch.get_num_threads()
     try:
         for n in (1, 2):
@@ -212,7 +212,7 @@ def test_a_model_of_ones_own_codes_by_path_and_by_folder(tmp_path, monkeypatch, 
     image = photo.crop((0, 0, 64, 64))
     data = linic.encode(image, quality=80, model=tmp_path / "mine.safetensors")
     assert linic.info(data)["model"] is None
-    with pytest.raises(ModelMissing, match="mine|LINIC_MODELS"):
+    with pytest.raises(ModelMissing, match="LINIC_MODELS"):
         linic.decode(data)
     first = linic.decode(data, model=tmp_path / "mine.safetensors")
     monkeypatch.setenv("LINIC_MODELS", str(tmp_path))

@@ -25,7 +25,7 @@ def test_probabilities_of_all_integers_sum_to_one_and_match_the_likelihood(kind)
 def test_tables_of_a_density_are_tables_of_the_coder(kind):
     rows = kind(3).double().probabilities(3)
     freqs = [quantise(p) for _, p in rows]
-    tables = Tables(sum(freqs, []), [len(f) for f in freqs], [low for low, _ in rows])
+    tables = Tables([f for row in freqs for f in row], [len(f) for f in freqs], [low for low, _ in rows])
     assert len(tables) == 3
 
 

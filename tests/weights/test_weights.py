@@ -97,7 +97,7 @@ def test_a_weight_file_that_is_not_right_is_refused_with_its_reason(file, tmp_pa
 @pytest.mark.parametrize("data", [b"", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])
 def test_a_file_that_holds_no_weights_is_refused(tmp_path, data):
     (tmp_path / "x.safetensors").write_bytes(data)
-    with pytest.raises(WeightsError, match="safetensors|card"):
+    with pytest.raises(WeightsError, match=r"safetensors|card"):
         weights.read_card(tmp_path / "x.safetensors")
 
 

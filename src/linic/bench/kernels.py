@@ -6,6 +6,7 @@ run() -> one dict a row; table(rows) -> text. In: nothing but torch; it touches 
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def run(threads: int = 1, repeats: int = 7) -> list[dict]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return [_measure(*case, repeats) for case in _cases()]
+        return [_measure(case, repeats) for case in _cases()]
     finally:
         torch.set_num_threads(before)
 
@@ -40,7 +41,8 @@ def table(rows: list[dict]) -> str:
         shape = ",".join(str(n) for n in row["shape"])
         lines.append(
             f"{row['operator']:9}{shape:>15}  {row['backend']:8}{row['add_ms']:8.3f}"
-            f"{row['forward_ms']:10.2f} ({row['forward_ratio']:4.0f}x){row['both_ms']:12.2f} ({row['both_ratio']:4.0f}x)"
+            f"{row['forward_ms']:10.2f} ({row['forward_ratio']:4.0f}x)"
+            f"{row['both_ms']:12.2f} ({row['both_ratio']:4.0f}x)"
         )
     return "\n".join(lines)
 
@@ -52,11 +54,11 @@ def _cases() -> list[Case]:
         tokens, channels = shape[1:]
         k, v, w, u = torch.randn(shape), torch.randn(shape), 8 * torch.rand(channels) / tokens, torch.zeros(channels)
         for name in backends:
-            cases.append(("biwkv", shape, name, lambda *a, name=name: biwkv(*a, backend=name), [w, u, k, v]))
+            cases.append(("biwkv", shape, name, partial(biwkv, backend=name), [w, u, k, v]))
     for shape4 in DWCONV5_SHAPES:
         x, weight = torch.randn(shape4), torch.randn(25, shape4[3])
         for name in backends:
-            cases.append(("dwconv5", shape4, name, lambda *a, name=name: dwconv5(*a, backend=name), [x, weight]))
+            cases.append(("dwconv5", shape4, name, partial(dwconv5, backend=name), [x, weight]))
         cases.append(("dwconv5", shape4, "conv2d", _conv2d, [x, weight]))
     return cases
 
@@ -68,9 +70,8 @@ def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=2, groups=channels).permute(0, 2, 3, 1)
 
 
-def _measure(
-    operator: str, shape: Sequence[int], backend: str, function: Callable[..., Tensor], inputs: list[Tensor], repeats: int
-) -> dict:
+def _measure(case: Case, repeats: int) -> dict:
+    operator, shape, backend, function, inputs = case
     leaves = [t.clone().requires_grad_() for t in inputs]
     a, b, g = (torch.randn(*shape) for _ in range(3))
     with torch.inference_mode():

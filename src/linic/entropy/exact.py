@@ -47,7 +47,8 @@ class IntegerLinear:
             multiplier.append(m)
             offset.append(c)
             shift.append(s)
-        return cls(rounded, *(np.asarray(v, np.int64) for v in (multiplier, offset, shift)))
+        return cls(rounded, np.asarray(multiplier, np.int64), np.asarray(offset, np.int64),
+                   np.asarray(shift, np.int64))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x (..., K) int64 in the activation range -> (..., N). The definition."""

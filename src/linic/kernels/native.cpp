@@ -140,11 +140,18 @@ int each_block(const Args& a, Body body, int64_t floats, int64_t threads) {
 
 API const char* linic_isa() { return isa->name; }
 
-// For tests: use another instruction set of this machine. 0: not known or not here.
+// For tests: the best instruction set is in use from the start, `name` from now on. 0: not one of this machine.
 API int linic_use_isa(const char* name) {
     for (const Isa& other : isas)
         if (!strcmp(other.name, name) && runs_here(other)) return isa = &other, 1;
     return 0;
+}
+
+// Names of this machine's instruction sets, best first, nullptr after the last.
+API const char* linic_isa_here(int64_t index) {
+    for (const Isa& other : isas)
+        if (runs_here(other) && index-- == 0) return other.name;
+    return nullptr;
 }
 
 API int linic_openmp() {

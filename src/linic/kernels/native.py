@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from linic.errors import BackendMissing
+
 POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     # w u k k_b k_t v v_b v_t y den, B T C threads
@@ -48,7 +50,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         lib = ctypes.CDLL(str(path))
         for name, arguments in SIGNATURES.items():
             getattr(lib, name).argtypes = arguments
-        lib.linic_isa.restype = ctypes.c_char_p
+        lib.linic_isa.restype = lib.linic_isa_here.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, f"built, but does not load ({error}): install linic again"
     return lib, ""
@@ -61,6 +63,17 @@ def describe() -> str:
     """Instruction set and threading in use, for `linic doctor`."""
     assert lib is not None
     return f"{lib.linic_isa().decode()}, {'OpenMP' if lib.linic_openmp() else 'one thread'}"
+
+
+def instruction_sets() -> list[str]:
+    """Those of this machine that the library was compiled for, best (in use) first. For tests, as use() is."""
+    names = [] if lib is None else [lib.linic_isa_here(index) for index in range(8)]
+    return [name.decode() for name in names if name]
+
+
+def use(instruction_set: str) -> None:
+    if lib is None or not lib.linic_use_isa(instruction_set.encode()):
+        raise BackendMissing(f"instruction set {instruction_set!r} is not here: use one of {instruction_sets()}")
 
 
 def check(status: int) -> bool:

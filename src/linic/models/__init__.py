@@ -3,18 +3,16 @@
 One family, one whole file (lalic.py); blocks.py holds what families share; presets/ are data.
 """
 
-from torch import nn
-
 from linic.models.config import Config, preset, presets
 from linic.models.lalic import Lalic
 
-FAMILIES: dict[str, type[nn.Module]] = {"lalic": Lalic}
+FAMILIES: dict[str, type[Lalic]] = {"lalic": Lalic}
 PRESETS = presets()
 
-__all__ = ["FAMILIES", "PRESETS", "Config", "build", "preset"]
+__all__ = ["FAMILIES", "PRESETS", "Config", "Lalic", "build", "preset"]
 
 
-def build(model: str | Config) -> nn.Module:
+def build(model: str | Config) -> Lalic:
     """A fresh model of a preset (by name) or a Config. Raises UsageError for an unknown name."""
     config = preset(model) if isinstance(model, str) else model
     return FAMILIES[config.family](config)

@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linic.errors import WeightsError
 from linic.models.checkerboard import TAPS
+from linic.models.lalic import Lalic
 
+_TRANSFORM = r"(g_a|g_s|h_a|h_s)\.(?:stages\.(\d+)\.)?(?:resample\.proj|head\.proj|blocks\.(\d+))\.(.*)"
 _DENSITY = {"matrices": "_matrix", "biases": "_bias", "factors": "_factor"}
 
 
@@ -32,7 +34,7 @@ def _block(rest: str) -> str:
     return names[name]
 
 
-def their_names(model: nn.Module) -> dict[str, list[str]]:
+def their_names(model: Lalic) -> dict[str, list[str]]:
     """Our parameter name -> theirs, several where ours stacks them."""
     depths = model.config.transform.depths
     starts: dict[str, list[int]] = {}  # number of each stage's resampling layer in their Sequential, then the head's
@@ -44,8 +46,8 @@ def their_names(model: nn.Module) -> dict[str, list[str]]:
         starts[net] = at
     out = {}
     for key in model.state_dict():
-        if found := re.match(r"(g_a|g_s|h_a|h_s)\.(?:stages\.(\d+)\.)?(resample\.proj|head\.proj|blocks\.(\d+))\.(.*)", key):
-            net, stage, what, block, rest = found.groups()
+        if found := re.match(_TRANSFORM, key):
+            net, stage, block, rest = found.groups()
             prefix = f"latent_codec.hyper.{net}" if net[0] == "h" else net
             first = starts[net][int(stage) if stage else -1]
             inner = f"{first}.{rest}" if block is None else None
@@ -72,7 +74,7 @@ def their_names(model: nn.Module) -> dict[str, list[str]]:
     return out
 
 
-def convert(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def convert(checkpoint: Mapping[str, Tensor], model: Lalic) -> dict[str, Tensor]:
     """Their state dict -> ours. Raises WeightsError naming what is missing or has another shape."""
     theirs = {}
     for key, value in checkpoint.items():
@@ -99,7 +101,7 @@ def convert(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return out
 
 
-def their_parameter_count(model: nn.Module, merged: bool = False) -> int:
+def their_parameter_count(model: Lalic, merged: bool = False) -> int:
     """Parameters as the authors' module counts them (66,133,045 for lalic-authors); `merged`: with each shift as one
     5x5 kernel instead of its branches and copy (65,415,893)."""
     count = 0

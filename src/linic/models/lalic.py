@@ -17,7 +17,7 @@ serves all rates.
 
 import math
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ _T = TypeVar("_T", float, Tensor)
 
 def quality_to_lambda(quality: _T) -> _T:
     """.0012 at 0, .07 at 100, log-linear between and beyond. Floats or tensors."""
-    return LAMBDA_LOW * (LAMBDA_HIGH / LAMBDA_LOW) ** (quality / 100)  # type: ignore[return-value]
+    return LAMBDA_LOW * (LAMBDA_HIGH / LAMBDA_LOW) ** (quality / 100)
 
 
 # --- transforms ---------------------------------------------------------------------------------------------------
@@ -216,10 +216,12 @@ class MixAggregation(nn.Module):
 class GroupContext(nn.Module):
     """Means and scales of one group of latents: from the hyper features, the groups before, the anchors around."""
 
+    aggregate: MlpAggregation | MixAggregation | ablations.ConvAggregation
+
     def __init__(self, config: Config, k: int):
         super().__init__()
         c, group, before = config.context, config.context.groups[k], sum(config.context.groups[:k])
-        self.channel: nn.Module | None = None
+        self.channel: LinearContext | RwkvContext | ablations.ConvContext | None = None
         features = config.hyper_features
         if k:
             if c.channel == "linear":
@@ -230,10 +232,12 @@ class GroupContext(nn.Module):
                 self.channel = ablations.ConvContext(before, group, wide=c.channel == "conv-plus")
             features += self.channel.features
         self.taps = nn.Linear(12 * group, 2 * group)  # the masked 5x5 convolution as rows
-        self.aggregate: nn.Module = (MlpAggregation(config, features, group) if c.aggregation == "mlp"
-                                     else MixAggregation(features, group, config.style.bounds == "linic")
-                                     if c.aggregation == "mix"
-                                     else ablations.ConvAggregation(features, group))
+        if c.aggregation == "mlp":
+            self.aggregate = MlpAggregation(config, features, group)
+        elif c.aggregation == "mix":
+            self.aggregate = MixAggregation(features, group, config.style.bounds == "linic")
+        else:
+            self.aggregate = ablations.ConvAggregation(features, group)
 
     def base(self, hyper: Tensor, before: list[Tensor], l: Tensor) -> Tensor:
         """What both halves share. before: the groups already known, each (B, H, W, g)."""
@@ -257,6 +261,8 @@ class Lalic(nn.Module):
     In training mode rates are those of noisy latents and gradients pass straight through the rounding; in eval mode
     latents are rounded, scales snapped to the table, and skipped positions cost nothing, as in a file.
     """
+
+    ln_prior: Tensor
 
     def __init__(self, config: Config):
         super().__init__()
@@ -332,7 +338,8 @@ class Lalic(nn.Module):
         prior, unit = self.units(l)
         known: list[Tensor] = []
         at = 0
-        for net, g in zip(self.contexts, self.config.context.groups):
+        nets: Any = self.contexts  # a ModuleList of GroupContext
+        for net, g in zip(nets, self.config.context.groups):
             p = prior[..., at : at + g] if isinstance(prior, Tensor) else prior
             u = unit[..., at : at + g] if isinstance(unit, Tensor) else unit
             at += g
@@ -435,8 +442,8 @@ class Lalic(nn.Module):
         The largest single effect of all that was measured (research notes, training recipe 4).
         """
         t = crops - 0.5
-        downs = [*(s.resample for s in self.g_a.stages), self.g_a.head]
-        ups = [self.g_s.head, *(s.resample for s in reversed(self.g_s.stages))]
+        downs: list[Any] = [*(s.resample for s in self.g_a.stages), self.g_a.head]
+        ups: list[Any] = [self.g_s.head, *(s.resample for s in reversed(self.g_s.stages))]
         for down, up in zip(downs, ups):
             rows = space_to_depth(t, down.factor) if down.factor > 1 else t
             axes = _principal_axes(rows, down.proj.out_features)

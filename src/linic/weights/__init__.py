@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from linic.errors import ModelMissing, WeightsError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from linic.models import Lalic
     from linic.rangecoder import Tables
 
 SHIPPED = Path(__file__).parent / "data"
@@ -33,7 +34,7 @@ class Weights:
     """A loaded file. `digest`: 8 bytes that name everything that steers the range coder."""
 
     card: dict[str, Any]
-    model: "nn.Module"  # eval mode, float32, training form (Omni-Shift not merged)
+    model: "Lalic"  # eval mode, float32, training form (Omni-Shift not merged)
     tables: "Tables"
     digest: bytes
 
@@ -151,7 +152,7 @@ def load(name: str | os.PathLike[str]) -> Weights:
     return Weights(card, model.eval(), tables, digest)
 
 
-def save(path: str | os.PathLike[str], model: "nn.Module", card: dict[str, Any], int8: bool = True) -> dict[str, Any]:
+def save(path: str | os.PathLike[str], model: "Lalic", card: dict[str, Any], int8: bool = True) -> dict[str, Any]:
     """Write a model for use; returns the card as written. Beside, then rename.
 
     Matrices of the free nets' blocks go as int8 with a scale a row where `int8`; all else as float16 (bf16 has as
@@ -200,7 +201,7 @@ def save(path: str | os.PathLike[str], model: "nn.Module", card: dict[str, Any],
     return card
 
 
-def normative_keys(model: "nn.Module") -> set[str]:
+def normative_keys(model: "Lalic") -> set[str]:
     """Names of the parameters that steer the range coder."""
     mine = {id(p) for net in model.normative() for p in net.parameters()}
     return {k for k, v in model.state_dict(keep_vars=True).items() if id(v) in mine} | (

@@ -82,14 +82,17 @@ def _both_sides(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """Running sum over dim 2 of (2, B, T, C). Off the CPU in two levels: one scan along T has too little
-    parallelism there, and drifts in float32 (torch's CPU scan accumulates in double)."""
-    tokens = x.shape[2]
-    if x.device.type == "cpu" or tokens <= CHUNK:
+    """Running sum over dim 2 of (2, B, T, C)."""
+    if x.device.type == "cpu" or x.shape[2] <= CHUNK:
         return x.cumsum(2)
+    return _running_sum_in_two_levels(x)
+
+
+def _running_sum_in_two_levels(x: Tensor) -> Tensor:
+    """For a GPU: one scan along T has too little parallelism there and drifts (the CPU's accumulates in double)."""
+    tokens = x.shape[2]
     inner = F.pad(x, (0, 0, 0, -tokens % CHUNK)).unflatten(2, (-1, CHUNK)).cumsum(3)
-    carry = inner[:, :, :, -1].cumsum(2)
-    inner[:, :, 1:] += carry[:, :, :-1, None]
+    inner[:, :, 1:] += inner[:, :, :-1, -1].cumsum(2)[:, :, :, None]
     return inner.flatten(2, 3)[:, :, :tokens]
 
 
@@ -161,9 +164,7 @@ def _scan_by_doubling(w: Tensor, a: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """After the pass with step s every token holds the sum over the 2 s tokens that end at it."""
     step = 1
     while step < a.shape[-2]:
-        later_m, later_a = _add(
-            m[..., step:, :], a[..., step:, :], m[..., :-step, :], a[..., :-step, :] - step * w
-        )
+        later_m, later_a = _add(m[..., step:, :], a[..., step:, :], m[..., :-step, :], a[..., :-step, :] - step * w)
         m, a = torch.cat([m[..., :step, :], later_m], -2), torch.cat([a[..., :step, :], later_a], -2)
         step *= 2
     return m, a
