@@ -17,7 +17,7 @@ CELL = 64                               # tile borders are multiples of it, so a
 MAX_SIDE = 1 << 24
 MAX_TILES = 1 << 16
 MAX_MODEL_CODE = (1 << 16) - 1
-MAX_PIXELS = 178_956_970                # where Pillow, too, refuses a picture
+MAX_PIXELS = 1 << 26                    # by default: a decoder of one piece takes about 220 bytes a pixel
 
 
 def model_code(name: str) -> int:
