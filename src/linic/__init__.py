@@ -6,12 +6,17 @@
 `import linic` loads neither torch nor numpy: names are looked up when first used. Start reading at codec.py.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from linic.codec import decode, encode, info, load
     from linic.errors import DecodeError, LinicError, ModelMissing, PictureError, UsageError, WeightsError
+
+# Read when torch loads. libgomp's threads spin at every barrier, and a picture has thousands: beside one busy process on
+# two cores .3 s of work took 8 s. After a short spin they now sleep, which costs a quiet machine nothing.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 _HOME = {

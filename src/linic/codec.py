@@ -45,8 +45,8 @@ def decode(data: bytes, *, model: str | PathLike[str] | None = None, max_pixels:
     """The bytes of a linic file -> the picture, in its own mode and size, with its metadata in `info`.
 
     The file names its model, which is looked for among the installed ones; `model` (name or path) is for one that is
-    not installed. max_pixels: larger pictures are refused before any memory is taken (None: no limit); `lalic-xs` decodes in about
-    220 bytes a pixel.
+    not installed. max_pixels: larger pictures are refused before any memory is taken (None: no limit);
+    `lalic-xs` decodes in about 220 bytes a pixel.
     Raises DecodeError (with the byte offset), ModelMissing, WeightsError.
     """
     file = container.parse(data, max_pixels=max_pixels)
