@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from linic.codec import decode, encode, info, load
     from linic.errors import DecodeError, LinicError, ModelMissing, PictureError, UsageError, WeightsError
 
-# Read when torch loads. libgomp's threads spin at every barrier, and a picture has thousands: beside one busy process on
-# two cores .3 s of work took 8 s. After a short spin they now sleep, which costs a quiet machine nothing.
+# Read when torch loads. libgomp's threads spin at every barrier, and a picture has thousands: beside one busy process
+# .3 s of work took 8 s on two cores. After a short spin they now sleep, which costs a quiet machine nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"

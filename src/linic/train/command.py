@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on where a stopped run in --out stood")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--threads", type=int, help="CPU threads (default: all cores, fewer while other processes need them)")
+    add("--speed", default="eager", metavar="RUNG", help="how steps run: a rung of speed.py, several joined by commas, "
+        "or ladder: measure all (minutes) and take the fastest that is right (default: eager)")
     add("--end-file", type=Path, help="once this file exists, its number (seconds since 1970) ends the run")
     add("--cache", type=Path, help="folder of decoded pictures, to share between runs (default: <out>/pictures)")
     add("--json", action="store_true", help="print the result as JSON")
@@ -42,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     result = train(args.recipe, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
                    init=args.init, resume=args.resume, device=args.device, threads=args.threads,
-                   end_file=args.end_file, cache=args.cache)
+                   end_file=args.end_file, cache=args.cache,
+                   speed=args.speed.split(",") if "," in args.speed else args.speed)
     if args.json:
         print(json.dumps(result))
     else:

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -205,6 +205,7 @@ class Library:
     def __init__(self, folder: Path, cache: Path, device: str = "cpu", exclude_origins: Sequence[str] = ()):
         self.folder, self.cache, self.device, self.exclude = Path(folder), cache, device, set(exclude_origins)
         self.excluded = 0
+        self.arriving: dict[str, Future[Any]] = {}      # key of a source -> its decoding in the background
         self.shards: dict[str, list[Picture]] = {}      # key of a source -> its pictures
         if not self.folder.exists():
             raise UsageError(f"{folder}: no such folder")
@@ -228,8 +229,9 @@ class Library:
         self.excluded += len(entries) - len(kept)
         return kept
 
-    def refresh(self, refuse: Sequence[tuple[str, int]] = ()) -> list[str]:
-        """Names of the tars taken in. One that holds an evaluation picture (`refuse`: name, hash) stays out."""
+    def refresh(self, refuse: Sequence[tuple[str, int]] = (), background: bool = False) -> list[str]:
+        """Names of the tars taken in. One that holds an evaluation picture (`refuse`: name, hash) stays out.
+        `background`: decode in a thread, and take in at a later call what is ready: a GPU need not wait."""
         taken = []
         for path in sorted(self.folder.glob("*.tar")):
             source = Source((path,))
@@ -237,17 +239,25 @@ class Library:
                 if time.time() - path.stat().st_mtime < 5:      # may still be growing
                     continue
                 key = source.key()
-                pictures = None if key in self.shards else self._load(source)
+                if key in self.shards or (background and not self._ready(key, source)):
+                    continue
+                pictures = self._load(source)
             except OSError as error:
                 warn(f"{path}: {error}")
                 continue
-            if pictures is not None:
-                if same := duplicates(pictures, refuse):
-                    warn(f"{path} stays out: {same[0][0]} is the evaluation picture {same[0][1]}")
-                    pictures = []
-                self.shards[key] = pictures
-                taken += [str(path)] if pictures else []
+            if same := duplicates(pictures, refuse):
+                warn(f"{path} stays out: {same[0][0]} is the evaluation picture {same[0][1]}")
+                pictures = []
+            self.shards[key] = pictures
+            taken += [str(path)] if pictures else []
         return taken
+
+    def _ready(self, key: str, source: Source) -> bool:
+        if key not in self.arriving:
+            pool = ThreadPoolExecutor(1)
+            self.arriving[key] = pool.submit(decode, source, self.cache)
+            pool.shutdown(wait=False)
+        return self.arriving[key].done()
 
 
 def report_hashes() -> list[tuple[str, int]]:
@@ -298,17 +308,21 @@ def lanczos_matrix(n: int, m: int) -> Tensor:
 class Crops:
     """Random crops of a library. The same seed and library give the same crops."""
 
-    def __init__(self, library: Library, data: recipe.Data, seed: int, device: str = "cpu"):
+    def __init__(self, library: Library, data: recipe.Data, seed: int, device: str = "cpu",
+                 batched: bool | None = None):
         self.library, self.data, self.device = library, data, device
+        self.batched = device.startswith("cuda") if batched is None else batched
+        self._pixels: Tensor | None = None              # of all pictures, where crops are gathered
         self.rng = np.random.default_rng(seed)
         self._large: dict[int, list[Picture]] = {}
         self._matrices: dict[tuple[int, int], Tensor] = {}
-        shares = np.array([p.share for p in data.pools])
-        self._shares = shares / shares.sum()
+        shares = np.cumsum([p.share for p in data.pools])
+        self._shares = shares / shares[-1]              # cumulative
 
     def refreshed(self) -> None:
         """The library has grown."""
         self._large.clear()
+        self._pixels = None
 
     def large_enough(self, size: int) -> list[Picture]:
         """Pictures that hold a crop; UsageError if there is none."""
@@ -323,20 +337,44 @@ class Crops:
     def batch(self, count: int, size: int) -> Tensor:
         """(count, size, size, 3) float32 in [0, 1]."""
         pictures, rng = self.large_enough(size), self.rng
-        groups: dict[int, list[Tensor]] = {}            # source pixels of a side -> windows
+        groups: dict[int, list[tuple[Picture, int, int]]] = {}      # source pixels of a side -> picture, y, x
         for _ in range(count):
             picture = pictures[rng.integers(len(pictures))]
-            n = round(size / self.data.pools[rng.choice(len(self._shares), p=self._shares)].scale)
+            n = round(size / self.data.pools[self._shares.searchsorted(rng.random(), "right")].scale)
             side = n if n >= size else n + 2 * LANCZOS
             if side > min(picture.entry.height, picture.entry.width):
                 n = side = size                         # too small for that pool: as it is
             y = rng.integers(picture.entry.height - side + 1)
             x = rng.integers(picture.entry.width - side + 1)
-            groups.setdefault(n, []).append(picture.window(int(y), int(x), (side, side)))
-        t = torch.cat([self._resized(torch.stack(views), n, size) for n, views in groups.items()])
+            groups.setdefault(n, []).append((picture, int(y), int(x)))
+        windows = self._gathered if self.batched else self._stacked
+        t = torch.cat([self._resized(windows(some, n if n >= size else n + 2 * LANCZOS), n, size)
+                       for n, some in groups.items()])
         t = torch.where(self._mask(rng.random(count) < 0.5), t.flip(2), t)
         t = torch.where(self._mask(rng.random(count) < self.data.transpose), t.transpose(1, 2), t)
         return self._coloured(t).contiguous()
+
+    def _stacked(self, some: list[tuple[Picture, int, int]], side: int) -> Tensor:
+        return torch.stack([picture.window(y, x, (side, side)) for picture, y, x in some])
+
+    def _gathered(self, some: list[tuple[Picture, int, int]], side: int) -> Tensor:
+        """The same as one gather from all pictures end to end: on a GPU a launch a crop would be the longest part."""
+        if self._pixels is None:
+            shards = {id(p.shard): p.shard for p in self.library.pictures}
+            self._pixels = torch.cat(list(shards.values()))
+            starts = np.cumsum([0, *(len(s) for s in shards.values())])
+            self._starts = dict(zip(shards, starts.tolist()))
+        where = [(self._starts[id(p.shard)] + p.entry.offset + (y * p.entry.width + x) * 3, p.entry.width * 3)
+                 for p, y, x in some]
+        first, row = self._on_device(np.array(where, np.int64)).T[:, :, None, None]
+        down = torch.arange(side, device=self.device)[:, None]
+        along = torch.arange(3 * side, device=self.device)
+        return self._pixels[first + row * down + along].view(len(some), side, side, 3)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        t = torch.from_numpy(array)
+        # From pageable memory the host would wait for the whole queue of the device.
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.startswith("cuda") else t
 
     def _resized(self, views: Tensor, n: int, size: int) -> Tensor:
         t = views.float() / 255
@@ -349,7 +387,7 @@ class Crops:
         return (r @ (t.permute(0, 3, 1, 2) @ r.T)).permute(0, 2, 3, 1).clamp(0, 1)
 
     def _mask(self, choice: np.ndarray) -> Tensor:
-        return torch.from_numpy(choice).to(self.device)[:, None, None, None]
+        return self._on_device(choice)[:, None, None, None]
 
     def _coloured(self, t: Tensor) -> Tensor:
         colour = self.data.colour
@@ -359,7 +397,7 @@ class Crops:
         low, high = np.log(colour.gamma)
         gamma = np.exp(self.rng.uniform(low, high, (len(t), 1, 1, 1)))
         gains = self.rng.uniform(*colour.gains, (len(t), 1, 1, 3))
-        power, factor = (torch.from_numpy(a).float().to(self.device) for a in (gamma, gains))
+        power, factor = (self._on_device(a.astype(np.float32)) for a in (gamma, gains))
         return torch.where(self._mask(some), (t.pow(power) * factor).clamp(0, 1), t)
 
     def state(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@
 rate, crop and batch; steps are only counted. `end_file`: once it exists, its number (seconds since 1970) is the end.
 Loading and the evaluation after the end come on top of the budget. SIGTERM and SIGINT finish the step, save and
 return; `resume` goes on as if nothing had happened: bit for bit on a CPU with the same number of threads.
+On a GPU nothing waits for the device but logging, saving and evaluating (speed.py); `speed` names the step's rung, or
+"ladder" to measure them all first (ladder.py).
 What lies in the run's folder: checkpoint.py. Raises UsageError, RecipeError; LinicError after 50 non-finite steps in
 a row.
 """
@@ -12,8 +14,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from linic.errors import LinicError, RecipeError, UsageError
-from linic.train import checkpoint, data, evaluate
+from linic.train import checkpoint, data, evaluate, ladder, speed
 from linic.train import recipe as recipes
-from linic.train.loss import rate_distortion
 from linic.train.machine import Every, Neighbours, Stop, settings
 from linic.train.recipe import Quality, Recipe
 
 Clock = Callable[[], float]
 BAD_STEPS_IN_A_ROW = 50
+AHEAD = 3                       # steps that may be queued on a GPU: more, and the wall clock no longer steers the run
 KLT_CROPS = 1024
 
 
@@ -48,8 +50,10 @@ def draw_quality(quality: Quality, count: int, device: str) -> Tensor:
 class Trainer:
     """Model, EMA, optimiser, crops and counters: all that a step changes and a resumed run needs."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, crops: data.Crops, device: str):
+    def __init__(self, recipe: Recipe, model: nn.Module, crops: data.Crops, device: str,
+                 choice: ladder.Choice | None = None):
         self.recipe, self.crops, self.device = recipe, crops, device
+        self.choice = choice or ladder.Choice()
         self.model = model.to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -57,40 +61,79 @@ class Trainer:
         groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": o.weight_decay},
                   {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW([g for g in groups if g["params"]], o.lr, o.betas, fused=True)
+        self.queued = device.startswith("cuda")     # results are read when somebody asks: `drain`
+        self.queue: list[tuple[Tensor, int]] = []   # numbers and crops of steps not read yet
+        self.events: deque[Any] = deque()
+        self.fast: speed.Step | None = None         # for inputs of shape `shape`
+        self.shape: torch.Size | None = None
+        self.lr = 0.0
         self.step_count = self.crop_count = self.skipped = self.bad_in_a_row = 0
         self.elapsed_s = self.cpu_s = 0.0
         self.best: dict[str, Any] | None = None
         self.evaluations: list[dict[str, Any]] = []
 
     def step(self, progress: float) -> list[float] | None:
-        """loss, bpp, bpp of z, PSNR, gradient norm of one step; None: something was not finite, nothing changed."""
+        """loss, bpp, bpp of z, PSNR, gradient norm of one step; None: something was not finite, nothing changed.
+        On a GPU always None: see `drain`."""
         r, phase = self.recipe, self.recipe.phase_at(progress)
-        for group in self.optimiser.param_groups:
-            group["lr"] = r.optimiser.lr * r.schedule.factor(progress)
-        x = self.crops.batch(phase.batch, phase.crop).permute(0, 3, 1, 2)
-        quality = draw_quality(r.quality, phase.batch, self.device)
-        terms = rate_distortion(self.model(x, quality), x, quality, r.loss.exponent)
-        loss = terms.loss.mean()
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.params, r.optimiser.clip)
-        psnr = (-10 * torch.log10(terms.mse.clamp_min(1e-10))).mean()
-        # One wait for the device a step.
-        numbers = torch.stack([loss, terms.bpp.mean(), terms.bpp_z.mean(), psnr, norm]).tolist()
-        if not (math.isfinite(numbers[0]) and math.isfinite(numbers[4])):
+        self.lr = r.optimiser.lr * r.schedule.factor(progress)
+        x = self.crops.batch(phase.batch * self.choice.batch, phase.crop).permute(0, 3, 1, 2)
+        quality = draw_quality(r.quality, len(x), self.device)
+        if self.fast is None or x.shape != self.shape:
+            self.fast, self.shape = self._fastest(x, quality), x.shape
+        self.queue.append((self.fast(x, quality, self.lr), len(x)))
+        self.step_count += 1
+        self.crop_count += len(x)
+        rows = [] if self.queued else self.drain()
+        if (rows or self.queued) and self.step_count % r.ema.every == 0:
+            self._follow(self.step_count // r.ema.every)
+        if self.queued:
+            self._wait_for_an_older_step()
+        return rows[0] if rows else None
+
+    def _fastest(self, x: Tensor, quality: Tensor) -> speed.Step:
+        """The first rung that does here, with these weights and this batch, what eager does."""
+        o = self.recipe.optimiser
+        parts = self.model, self.optimiser, o.clip, self.recipe.loss.exponent
+        eager = speed.build("eager", *parts)
+        for name in self.choice.rungs:
+            if name in ("eager", "safe"):
+                break
+            start = time.monotonic()
+            try:
+                step = speed.build(name, *parts)
+                problem = speed.differs(step, eager, x, quality, max(self.lr, o.lr / 10))
+            except Exception as error:      # whatever a compiler raises: the run goes on without it
+                problem = f"{type(error).__name__}: {str(error)[:500]}"
+            if not problem:
+                say(f"{name} agrees with eager at {tuple(x.shape)}, ready in {time.monotonic() - start:.1f} s")
+                return step
+            say(f"{name} left out at {tuple(x.shape)}: {problem}")
+        return eager
+
+    def _wait_for_an_older_step(self) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > AHEAD:
+            self.events.popleft().synchronize()
+
+    def drain(self) -> list[list[float]]:
+        """Numbers of the steps since the last call, those that were not finite left out: one wait for the device."""
+        queue, self.queue, rows = self.queue, [], []
+        for numbers, (_, crops) in zip(torch.stack([n for n, _ in queue]).tolist() if queue else [], queue):
+            if math.isfinite(numbers[0]) and math.isfinite(numbers[4]):
+                rows.append(numbers)
+                self.bad_in_a_row = 0
+                continue
+            self.step_count -= 1
+            self.crop_count -= crops
             self.skipped += 1
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                 raise LinicError(f"{self.bad_in_a_row} steps in a row, after step {self.step_count}, gave a loss or "
                                  "gradient that is not finite: lower optimiser.lr, or start from an earlier checkpoint")
-            return None
-        self.optimiser.step()
-        self.bad_in_a_row = 0
-        self.step_count += 1
-        self.crop_count += phase.batch
-        if self.step_count % r.ema.every == 0:
-            self._follow(self.step_count // r.ema.every)
-        return numbers
+        return rows
 
     @torch.no_grad()
     def _follow(self, n: int) -> None:
@@ -156,7 +199,9 @@ class Run:
         """Steps until the end or a signal. -> "done" or "stopped"."""
         t, i = self.trainer, self.trainer.recipe.intervals
         now = self.logged_at = self.clock()
-        start, self.end = now - t.elapsed_s, now - t.elapsed_s + budget_s
+        self.start, self.end = now - t.elapsed_s, now - t.elapsed_s + budget_s
+        self.anchor = self.start, 0.0           # progress grows linearly from here to 1 at the end
+        self._read_end(now)
         cpu_start = time.process_time() - t.cpu_s
         look, log = Every(5, now), Every(i.log_seconds, now)
         save, judge = Every(i.save_seconds, now), Every(i.evaluate_seconds, now)
@@ -167,27 +212,31 @@ class Run:
             now = self.clock()
             if now >= self.end or self.stop.asked:
                 break
-            self.progress = max(0.0, (now - start) / (self.end - start))
+            self.progress = self._progress_at(now)
             if self.progress >= decay_start and not (self.out / "trunk.safetensors").exists():
+                self._collect()
                 about = {"preset": t.recipe.model.preset, "step": t.step_count, "weights": "trunk"}
                 checkpoint.save(self.out / "trunk.safetensors", t.model.state_dict(), about)
             numbers = t.step(self.progress)
-            t.elapsed_s, t.cpu_s = now - start, time.process_time() - cpu_start
+            t.elapsed_s, t.cpu_s = now - self.start, time.process_time() - cpu_start
             self.rows += [numbers] if numbers else []
             if look(now):
-                self._read_end()
+                self._read_end(now)
                 if neighbours:
                     torch.set_num_threads(neighbours.look())
             if log(now):
                 self._log(now)
             pause = time.perf_counter()
             if judge(now):
+                self._collect()
                 self.evaluate()
                 self.write_status("running")
             if save(now):
+                self._collect()
                 t.save(self.out)
                 self.write_status("running")
             self.paused_s += time.perf_counter() - pause
+        self._collect()
         if self.rows:
             self._log(now)
         if now < self.end:
@@ -196,25 +245,45 @@ class Run:
         self.progress = 1.0
         return "done"
 
-    def _read_end(self) -> None:
-        if self.end_file and self.end_file.exists():
-            with suppress(ValueError):          # half written: the next look will do
-                end = float(self.end_file.read_text())
-                self.end = end if math.isfinite(end) else self.end
+    def _progress_at(self, now: float) -> float:
+        since, done = self.anchor
+        return max(0.0, done + (1 - done) * (now - since) / max(self.end - since, 1e-3))
+
+    def _read_end(self, now: float) -> None:
+        """An end that moves before the decay plans the whole run anew. Later, or when the decay would be jumped into,
+        the rate falls from where it stands: a jump up would undo the decay, a jump down would waste it."""
+        if not (self.end_file and self.end_file.exists()):
+            return
+        try:
+            end = float(self.end_file.read_text())
+        except ValueError:                      # half written: the next look will do
+            return
+        if not math.isfinite(end) or end == self.end:
+            return
+        before, decay = self._progress_at(now), self.trainer.recipe.schedule.decay_start
+        self.end = end
+        if before >= decay:
+            self.anchor = now, before
+        elif self._progress_at(now) >= decay:
+            self.anchor = now, decay
+
+    def _collect(self) -> None:
+        self.rows += self.trainer.drain()
 
     def _log(self, now: float) -> None:
         t, phase = self.trainer, self.trainer.recipe.phase_at(self.progress)
+        self._collect()
         rate = (t.crop_count - self.crops_at) / max(now - self.logged_at - self.paused_s, 1e-3)
         means = [sum(c) / len(self.rows) for c in zip(*self.rows)] or [math.nan] * 5
         self.last = dict(zip(("loss", "bpp", "bpp_z", "psnr", "norm"), means), crops_per_s=rate,
-                         lr=t.optimiser.param_groups[0]["lr"])
+                         lr=t.lr)
         say(f"{t.elapsed_s / 60:6.1f} min  {100 * self.progress:5.1f} %  step {t.step_count}"
-            f"  crop {phase.crop}x{phase.batch}"
+            f"  crop {phase.crop}x{phase.batch * t.choice.batch}"
             f"  {rate:.1f} crops/s  loss {means[0]:.4f}  bpp {means[1]:.4f} (z {means[2]:.4f})  PSNR {means[3]:.2f}"
             f"  norm {means[4]:.2f}  lr {self.last['lr']:.2e}  skipped {t.skipped}  threads {torch.get_num_threads()}")
         self.rows, self.paused_s, self.crops_at, self.logged_at = [], 0.0, t.crop_count, now
         self.write_status("running")
-        if new := t.crops.library.refresh(self.refuse):
+        if new := t.crops.library.refresh(self.refuse, background=t.queued):
             t.crops.refreshed()
             say(f"further shards: {', '.join(new)}")
 
@@ -252,8 +321,10 @@ class Run:
 def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, budget_s: float,
           valid: str | Path | None = None, init: str | Path | None = None, resume: bool = False, device: str = "auto",
           threads: int | None = None, end_file: str | Path | None = None, cache: str | Path | None = None,
-          clock: Clock = time.time, model: nn.Module | None = None) -> dict[str, Any]:
-    """`model`: instead of the recipe's preset (tests). `clock`: seconds since 1970."""
+          clock: Clock = time.time, model: nn.Module | None = None,
+          speed: str | Sequence[str] = "eager") -> dict[str, Any]:
+    """`model`: instead of the recipe's preset (tests). `clock`: seconds since 1970. `speed`: a rung, "ladder" or the
+    rungs of one."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     out, state = Path(out), Path(out) / "state.safetensors"
     going_on = resume and state.exists()
@@ -268,12 +339,13 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
         if model is None:
             from linic.models import build
             model = build(recipe.model.preset)
-        trainer = _start(recipe, model, crops, device, str(init or ""), state if going_on else None)
+        trainer = _start(recipe, model, crops, device, str(init or ""), state if going_on else None,
+                         _choice(recipe, device, speed))
         out.mkdir(parents=True, exist_ok=True)
         if resume and not going_on:
             say(f"{out}: nothing to resume, a new run starts")
         about = {"preset": recipe.model.preset, "init": str(init or ""), "device": device, "torch": torch.__version__,
-                 "budget_s": budget_s,
+                 "budget_s": budget_s, "speed": asdict(trainer.choice),
                  "threads_may_change": not threads and device == "cpu" and Neighbours.useful(torch.get_num_threads())}
         run = Run(trainer, out, pictures, refuse, Path(end_file) if end_file else None, about, clock)
         state_name = "failed"
@@ -301,6 +373,17 @@ def _device(name: str) -> str:
     return name
 
 
+def _choice(recipe: Recipe, device: str, asked: str | Sequence[str]) -> ladder.Choice:
+    if asked == "ladder" or not isinstance(asked, str):
+        return ladder.climb(recipe, device, None if asked == "ladder" else asked, say=say)
+    if asked not in speed.RUNGS:
+        raise UsageError(f"no rung {asked!r}. Rungs: {', '.join(speed.RUNGS)}; or ladder, to measure them")
+    choice = ladder.Choice([asked])
+    if asked == "safe":
+        choice.backends = dict.fromkeys(ladder.OPERATORS, "torch")
+    return choice
+
+
 def _pictures(recipe: Recipe, folder: Path, valid: Path | None, cache: Path,
               device: str) -> tuple[data.Crops, list[Tensor], list[tuple[str, int]]]:
     """Crops to train on, pictures to judge by, and the hashes that later shards may not hold."""
@@ -319,7 +402,8 @@ def _pictures(recipe: Recipe, folder: Path, valid: Path | None, cache: Path,
     return crops, judged, refuse
 
 
-def _start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init: str, state: Path | None) -> Trainer:
+def _start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init: str, state: Path | None,
+           choice: ladder.Choice) -> Trainer:
     config: Any = model.config
     for phase in recipe.phases:
         if phase.crop % config.multiple:
@@ -332,7 +416,8 @@ def _start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, ini
     elif state is None and getattr(config, "init", None) == "klt":
         model.to(device).init_klt(torch.cat([crops.batch(64, 64) for _ in range(KLT_CROPS // 64)]))  # type: ignore[operator]
     model.set_bf16(recipe.model.bf16)   # type: ignore[operator]
-    trainer = Trainer(recipe, model, crops, device)
+    ladder.use_backends(choice.backends, device)
+    trainer = Trainer(recipe, model, crops, device, choice)
     if state is not None:
         trainer.restore(state)
     return trainer
