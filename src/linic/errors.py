@@ -3,6 +3,7 @@
     LinicError                     1   something failed
     |- UsageError (ValueError)     2   the caller asked for something that does not exist
     |  |- PictureError             2   a picture linic does not take (mode, size)
+    |  |  `- UnreadablePicture     3   a picture file that is damaged or none at all
     |  `- RecipeError              2   a training recipe that is not right
     |- BackendMissing              2   a kernel or library that was asked for is not here
     |- DecodeError (ValueError)    3   the data is not a good linic file; has the byte offset
@@ -31,6 +32,10 @@ class UsageError(LinicError, ValueError):
 
 class PictureError(UsageError):
     pass
+
+
+class UnreadablePicture(PictureError):
+    exit_code = 3
 
 
 class RecipeError(UsageError):

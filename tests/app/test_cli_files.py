@@ -178,3 +178,10 @@ def test_wrong_usage_exits_with_2(wrong, capsys):
         main(wrong)
     assert stop.value.code == 2
     assert "usage: linic" in capsys.readouterr().err
+
+
+def test_a_damaged_picture_is_bad_input(tmp_path, capsys):
+    for content in (b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)):
+        (tmp_path / "a.png").write_bytes(content)
+        assert main(["encode", str(tmp_path / "a.png")]) == 3
+        assert "a.png" in capsys.readouterr().err

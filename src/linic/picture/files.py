@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from linic.errors import LinicError, PictureError
+from linic.errors import LinicError, PictureError, UnreadablePicture
 from linic.picture.arrays import METADATA, check, metadata
 
 # Lossless where the format can be; the lossy ones as good as they usefully get.
@@ -57,10 +57,10 @@ def read_bytes(data: bytes, name: str) -> Image.Image:
         raise PictureError(f"{name}: too many pixels: {error} "
                            "If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture that Pillow can read") from None
+        raise UnreadablePicture(f"{name}: not a picture that Pillow can read") from None
     # Pillow's readers raise all of these on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError) as error:
-        raise PictureError(f"{name}: damaged or cut short: {error}") from error
+        raise UnreadablePicture(f"{name}: damaged or cut short: {error}") from error
     return image
 
 
