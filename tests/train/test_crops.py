@@ -113,6 +113,19 @@ def test_a_tar_that_arrives_is_taken_in_unless_it_holds_an_evaluation_picture(pi
     assert library.refresh(known) == []
 
 
+def test_a_tar_can_be_decoded_in_the_background_and_a_bad_one_stays_out(pictures, tmp_path, monkeypatch, capfd):
+    library, read = data.Library(pictures, tmp_path / "cache"), data.decode
+    monkeypatch.setattr(data, "decode", lambda source, cache: 1 / 0 if "bad" in source.name else read(source, cache))
+    for name in ("bad.tar", "good.tar"):
+        write_tar(pictures / name, {"5.png": encoded(picture(5))})
+        os.utime(pictures / name, (time.time() - 60,) * 2)
+    taken, until = [], time.time() + 20
+    while not (taken and len(library.shards) == 3) and time.time() < until:
+        taken += library.refresh(background=True)
+    assert [os.path.basename(t) for t in taken] == ["good.tar"] and len(library.pictures) == 5
+    assert "bad.tar stays out: division by zero" in capfd.readouterr().err
+
+
 def as_seen_elsewhere(pixels, size, quality):
     f = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS).save(f, "jpeg", quality=quality)
@@ -174,6 +187,22 @@ def test_a_plain_crop_is_a_part_of_its_picture_mirrored_half_the_time(tmp_path):
     whole = torch.from_numpy(picture(3, 64, 64)).float() / 255
     mirrored = [torch.equal(t, whole.flip(1)) for t in batch]
     assert all(m or torch.equal(t, whole) for m, t in zip(mirrored, batch)) and 8 < sum(mirrored) < 32
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_crops_gathered_at_once_equal_those_cut_one_by_one(pictures, tmp_path, size):
+    write_tar(pictures / "more.tar", {f"{i}.png": encoded(picture(i, 90 + i, 200)) for i in range(5)})
+    pools = Data((Pool(1.0, 0.3), Pool(0.7, 0.3), Pool(0.5, 0.2), Pool(1.2, 0.2)), 0.2)
+    library = data.Library(pictures, tmp_path / "cache")
+    one_by_one, at_once = (data.Crops(library, pools, 3, batched=b) for b in (False, True))
+    for _ in range(3):
+        assert torch.equal(one_by_one.batch(12, size), at_once.batch(12, size))
+    write_tar(pictures / "later.tar", {"9.png": encoded(picture(9))})
+    os.utime(pictures / "later.tar", (time.time() - 60,) * 2)
+    assert library.refresh()
+    for crops in (one_by_one, at_once):
+        crops.refreshed()
+    assert torch.equal(one_by_one.batch(40, size), at_once.batch(40, size))
 
 
 def test_saved_and_restored_crops_go_on_the_same(pictures, tmp_path):

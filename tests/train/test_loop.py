@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from train_helpers import ROOT, Clock, Tiny, encoded, picture
 
 from linic.errors import LinicError, RecipeError, UsageError
-from linic.train import checkpoint, loop, machine
+from linic.train import checkpoint, loop, machine, speed
 from linic.train import recipe as recipes
 from linic.train.loop import train
 
@@ -162,6 +163,85 @@ def test_an_end_file_moves_the_end(small, pictures, tmp_path, steps):
     result = run(small, pictures, tmp_path / "run", looks=1000, clock=clock, end_file=end)
     assert result["state"] == "done" and result["step"] == 19
     assert steps[8][0] == pytest.approx(0.009) and steps[10][0] == pytest.approx(11 / 20)
+
+
+@pytest.mark.parametrize("looks, end, factors", [
+    (1000, 1015, [1, 1, 0.8, 0.6]),             # read at second 10: two thirds are done at once, yet it falls from 1
+    (20, 1030, [1, 1, 0.95, 0.9]),              # the decay is about to begin: so it does, slower
+    (16, 1030, [0.875, 0.75, 0.7125, 0.675]),   # it has begun: it never rises again
+], ids=["early", "at the decay", "late"])
+def test_an_end_that_moves_makes_no_jump_in_the_rate(small, pictures, tmp_path, steps, looks, end, factors):
+    recipe = dataclasses.replace(small, schedule=recipes.Schedule("linear", 0.0, 0.5))
+    file = tmp_path / "end"
+    clock = Clock({9: lambda: file.write_text(str(end))})
+    run(recipe, pictures, tmp_path / "run", looks=looks, clock=clock, end_file=file)
+    rates = [lr / 2e-3 for _, lr, _ in steps]
+    assert rates[8:12] == pytest.approx(factors, abs=1e-6)
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.25
+    assert len(steps) == end - 1000 - 1
+    assert checkpoint.load(tmp_path / "run" / "trunk.safetensors")[1]["step"] <= 11
+
+
+def test_a_resumed_run_follows_the_end_file_and_not_what_is_left_as_its_budget(small, pictures, tmp_path, steps):
+    end = tmp_path / "end"
+    end.write_text("1020")
+    recipe = dataclasses.replace(small, schedule=recipes.Schedule("linear", 0.0, 0.5))
+    run(recipe, pictures, tmp_path / "run", looks=20, clock=Clock({9: terminate}), end_file=end)
+    run(recipe, pictures, tmp_path / "run", looks=11, clock=Clock(), end_file=end, resume=True)
+    assert [lr / 2e-3 for _, lr, _ in steps[8:11]] == pytest.approx([1, 1, 1])
+    assert all(b[1] <= a[1] for a, b in zip(steps, steps[1:])) and steps[-1][1] < 3e-4
+
+
+def test_queued_steps_end_where_those_read_one_by_one_end(small, pictures, tmp_path, steps, monkeypatch):
+    run(small, pictures, tmp_path / "a", model=Moody({3, 4, 9}))
+    init = loop.Trainer.__init__
+
+    def queued(self, *args):
+        init(self, *args)
+        self.queued, self._wait_for_an_older_step = True, lambda: None
+
+    monkeypatch.setattr(loop.Trainer, "__init__", queued)
+    result = run(dataclasses.replace(small, ema=recipes.Ema(0.9, 1)), pictures, tmp_path / "b",
+                 model=Moody({3, 4, 9}))
+    assert [n for _, _, n in steps[12:]] == [None] * 12
+    assert (result["step"], result["skipped"], result["crops"]) == (9, 3, 4 * 2 + 5 * 3)
+    (a, about), (b, other) = (checkpoint.load(tmp_path / x / "raw.safetensors") for x in "ab")
+    assert about == other and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(LinicError, match="50 steps in a row"):
+        run(small, pictures, tmp_path / "c", looks=100, model=Moody(set(range(5, 100))))
+
+
+def test_a_rung_that_fails_or_lies_is_left_out_of_the_run(small, pictures, tmp_path, monkeypatch, capfd):
+    class Fails(speed.Step):
+        calls = 0
+
+        def run(self, x, quality):
+            super().run(x, quality)
+            Fails.calls += 1
+            if Fails.calls == 2:
+                raise RuntimeError("no compiler here")
+            return super().run(x, quality)
+
+    class Lies(speed.Step):
+        def run(self, x, quality):
+            return super().run(x, quality) * 2
+
+    monkeypatch.setattr(loop, "PREPARATION_SECONDS", 1.0)
+    monkeypatch.setitem(speed.RUNGS, "compiled-all", lambda *parts: time.sleep(60))
+    monkeypatch.setitem(speed.RUNGS, "compiled", Fails)
+    monkeypatch.setitem(speed.RUNGS, "graph", Lies)
+    run(small, pictures, tmp_path / "plain")
+    for name in ("compiled", "graph", "compiled-all"):
+        result = run(small, pictures, tmp_path / name, speed=name)
+        assert result["step"] == 12 and result["speed"]["rungs"] == [name]
+        (a, _), (b, _) = (checkpoint.load(tmp_path / x / "raw.safetensors") for x in ("plain", name))
+        assert all(torch.equal(a[k], b[k]) for k in a)          # the comparison left no trace
+    said = capfd.readouterr().err
+    assert "compiled left out at (2, 3, 64, 64): RuntimeError: no compiler here" in said
+    assert "graph left out at (2, 3, 64, 64): loss of step 1 is" in said
+    assert "compiled-all left out at (2, 3, 64, 64): TimeoutError: abandoned after 1 s" in said
+    with pytest.raises(UsageError, match=r"no rung 'fast'\. Rungs: eager, safe, graph"):
+        run(small, pictures, tmp_path / "d", speed="fast")
 
 
 def test_a_run_is_not_overwritten_by_another(small, pictures, tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,3 +80,27 @@ class Clock:
         self.looks += 1
         self.at.get(self.looks, lambda: None)()
         return 1000.0 + self.looks
+
+
+class FakeTrials:
+    """What a ladder's process answers, without a model: rungs that behave as they are called."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
+        if "default" in job:
+            return {"name": "native"}
+        if "kernel" in job:
+            wrong = job["kernel"] == "biwkv" and job["backend"] == "native"
+            return {"error": 0.3 if wrong else 1e-6, "ms": 1.0 if job["backend"] == "native" else 9.0}
+        name = job["rung"]
+        if name == "raises":
+            raise ValueError("no such instruction\nand much more")
+        if name == "dies":
+            os._exit(17)
+        if name == "slow":
+            time.sleep(60)
+        wrong = "loss of step 1 is 2, 1 by the reference" if name == "wrong" else ""
+        rate = {"good": 20.0}.get(name, 10.0) * (1.5 if job["batch"] > 8 else 1)
+        return {"wrong": wrong, "rate": 0.0 if wrong else rate, "gb": 0.0, "ready_s": 0.0}

@@ -257,7 +257,12 @@ class Library:
             pool = ThreadPoolExecutor(1)
             self.arriving[key] = pool.submit(decode, source, self.cache)
             pool.shutdown(wait=False)
-        return self.arriving[key].done()
+        if not self.arriving[key].done():
+            return False
+        if error := self.arriving[key].exception():
+            warn(f"{source.name} stays out: {error}")
+            self.shards[key] = []
+        return not error
 
 
 def report_hashes() -> list[tuple[str, int]]:

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from linic.errors import LinicError, RecipeError, UsageError
 from linic.train import checkpoint, data, evaluate, ladder, speed
 from linic.train import recipe as recipes
-from linic.train.machine import Every, Neighbours, Stop, settings
+from linic.train.machine import Every, Neighbours, Stop, settings, time_limit
 from linic.train.recipe import Quality, Recipe
 
 Clock = Callable[[], float]
 BAD_STEPS_IN_A_ROW = 50
+PREPARATION_SECONDS = 60.0      # of one rung, at the start of a phase
 AHEAD = 3                       # steps that may be queued on a GPU: more, and the wall clock no longer steers the run
 KLT_CROPS = 1024
 
@@ -101,8 +102,9 @@ class Trainer:
                 break
             start = time.monotonic()
             try:
-                step = speed.build(name, *parts)
-                problem = speed.differs(step, eager, x, quality, max(self.lr, o.lr / 10))
+                with time_limit(PREPARATION_SECONDS):
+                    step = speed.build(name, *parts)
+                    problem = speed.differs(step, eager, x, quality, max(self.lr, o.lr / 10))
             except Exception as error:      # whatever a compiler raises: the run goes on without it
                 problem = f"{type(error).__name__}: {str(error)[:500]}"
             if not problem:
@@ -199,9 +201,9 @@ class Run:
         """Steps until the end or a signal. -> "done" or "stopped"."""
         t, i = self.trainer, self.trainer.recipe.intervals
         now = self.logged_at = self.clock()
-        self.start, self.end = now - t.elapsed_s, now - t.elapsed_s + budget_s
+        self.start = now - t.elapsed_s
+        self.end = self._asked_end() or self.start + budget_s
         self.anchor = self.start, 0.0           # progress grows linearly from here to 1 at the end
-        self._read_end(now)
         cpu_start = time.process_time() - t.cpu_s
         look, log = Every(5, now), Every(i.log_seconds, now)
         save, judge = Every(i.save_seconds, now), Every(i.evaluate_seconds, now)
@@ -249,16 +251,18 @@ class Run:
         since, done = self.anchor
         return max(0.0, done + (1 - done) * (now - since) / max(self.end - since, 1e-3))
 
+    def _asked_end(self) -> float | None:
+        try:
+            end = float(self.end_file.read_text()) if self.end_file else math.nan
+        except (OSError, ValueError):           # not there, or half written: the next look will do
+            return None
+        return end if math.isfinite(end) else None
+
     def _read_end(self, now: float) -> None:
         """An end that moves before the decay plans the whole run anew. Later, or when the decay would be jumped into,
         the rate falls from where it stands: a jump up would undo the decay, a jump down would waste it."""
-        if not (self.end_file and self.end_file.exists()):
-            return
-        try:
-            end = float(self.end_file.read_text())
-        except ValueError:                      # half written: the next look will do
-            return
-        if not math.isfinite(end) or end == self.end:
+        end = self._asked_end()
+        if end is None or end == self.end:
             return
         before, decay = self._progress_at(now), self.trainer.recipe.schedule.decay_start
         self.end = end
@@ -374,10 +378,11 @@ def _device(name: str) -> str:
 
 
 def _choice(recipe: Recipe, device: str, asked: str | Sequence[str]) -> ladder.Choice:
+    if unknown := {asked} - {"ladder", *speed.RUNGS} if isinstance(asked, str) else set(asked) - set(speed.RUNGS):
+        raise UsageError(f"no rung {unknown.pop()!r}. Rungs: {', '.join(speed.RUNGS)}; or ladder, to measure them")
     if asked == "ladder" or not isinstance(asked, str):
-        return ladder.climb(recipe, device, None if asked == "ladder" else asked, say=say)
-    if asked not in speed.RUNGS:
-        raise UsageError(f"no rung {asked!r}. Rungs: {', '.join(speed.RUNGS)}; or ladder, to measure them")
+        seconds = 8.0 if device.startswith("cuda") else 1.0     # a CPU has one rung: nothing hangs on its number
+        return ladder.climb(recipe, device, None if asked == "ladder" else asked, seconds=seconds, say=say)
     choice = ladder.Choice([asked])
     if asked == "safe":
         choice.backends = dict.fromkeys(ladder.OPERATORS, "torch")

@@ -84,6 +84,26 @@ class Stop:
 
 
 @contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside, once the time is over: a compiler that hangs may not hold up a run. In another thread than
+    the main one there is no limit."""
+    def over(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"abandoned after {seconds:.0f} s")
+
+    try:
+        before = signal.signal(signal.SIGALRM, over)
+    except (ValueError, AttributeError):        # not the main thread; not Unix
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
 def settings(device: str, threads: int, seed: int) -> Iterator[None]:
     """Global switches of torch, put back afterwards."""
     threads_before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
