@@ -143,7 +143,7 @@ def test_the_kernels_bench_is_wired(monkeypatch, capsys):
     import types
 
     import linic.bench
-    fake = types.SimpleNamespace(run=lambda threads, repeats: [{"threads": threads, "repeats": repeats}],
+    fake = types.SimpleNamespace(run=lambda threads, repeats, device: [{"threads": threads, "repeats": repeats}],
                                  table=lambda rows: f"table of {rows[0]['repeats']}")
     monkeypatch.setitem(sys.modules, "linic.bench.kernels", fake)
     monkeypatch.setattr(linic.bench, "kernels", fake, raising=False)

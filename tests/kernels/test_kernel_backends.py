@@ -13,7 +13,7 @@ from linic.kernels import native
 def test_backends_tells_what_is_here_and_what_runs():
     for state in kernels.backends().values():
         assert state["torch"] == "here"
-        assert state["triton"].startswith("absent: ")
+        assert state["triton"].startswith(("absent: ", "here"))
         if native.lib is None:
             assert state["native"] == f"absent: {native.missing}" and state["cpu float32"] == "torch"
         else:

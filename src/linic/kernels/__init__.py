@@ -3,7 +3,8 @@
     biwkv(w, u, k, v)      (C,), (C,), (B, T, C), (B, T, C) -> (B, T, C)    kernels/biwkv/
     dwconv5(x, weight)     (B, H, W, C), (25, C) -> (B, H, W, C)            kernels/dwconv5/
 
-Each operator is a folder: reference.py (the definition), torch_form.py (everywhere), cpu.py (compiled).
+Each operator is a folder: reference.py (the definition), torch_form.py (everywhere), cpu.py (compiled),
+triton.py (GPU).
 Never bit-exact between devices or backends: what steers the range coder uses integers (entropy/).
 """
 

@@ -3,33 +3,66 @@
 Raises BackendMissing where a backend is not here, UsageError where the request makes no sense.
 """
 
+import importlib.util
+import os
+import shutil
+from types import ModuleType
+
 import torch
 
 from linic.errors import BackendMissing, UsageError
 from linic.kernels import native
 
-# First one that is here and takes the dtype. A Triton kernel goes in front of "torch" for cuda when there is one.
-FOR_DEVICE = {"cpu": ("native", "torch"), "cuda": ("torch",)}
+# First one that is here and takes the dtype.
+FOR_DEVICE = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
+# Triton's own switch, which it reads when a kernel is defined: run as numpy, on a CPU, thousands of times slower.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _no_triton() -> str:
+    """Why Triton is not here, or "". Asks nothing of a GPU: that would start CUDA at import."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'linic[gpu]', on Linux)"
+    if INTERPRETED:
+        return ""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler (gcc, clang or CC) to start its kernels"
+    return ""
+
+
 # A backend that is not named for an operator here is the torch form's: it runs wherever torch does.
-ABSENT = {"torch": "", "native": native.missing, "triton": "not written yet in this version of linic"}
+ABSENT = {"torch": "", "native": native.missing, "triton": _no_triton()}
 
 
 def choose(operator: str, device: str, dtype: torch.dtype, asked: str | None) -> str:
     """The name of the backend. `dtype` is the one computed in: float32 or float64."""
     if asked is None:
         for name in FOR_DEVICE.get(device, ("torch",)):
-            if not ABSENT[name] and (name != "native" or dtype == torch.float32):
+            if not ABSENT[name] and (name == "torch" or dtype == torch.float32):
                 return name
     if asked not in ABSENT:
         raise UsageError(f"{operator}: no backend {asked!r}: use one of {', '.join(ABSENT)}, or None to choose")
-    if ABSENT[asked]:
+    reason = ABSENT[asked]
+    if asked == "triton" and not reason and device != "cuda" and not INTERPRETED:
+        reason = f"it runs on cuda, and the tensors are on {device}"
+    if reason:
         raise BackendMissing(
-            f"{operator}: backend {asked!r} is not here: {ABSENT[asked]}. "
+            f"{operator}: backend {asked!r} is not here: {reason}. "
             "Leave the backend out to take the best one here, or use 'torch', which runs everywhere."
         )
     if asked == "native" and (device != "cpu" or dtype != torch.float32):
         raise UsageError(f"{operator}: backend 'native' computes float32 on cpu, not {dtype} on {device}: use 'torch'")
+    if asked == "triton" and dtype != torch.float32:
+        raise UsageError(f"{operator}: backend 'triton' computes float32, not {dtype}: use 'torch'")
     return asked
+
+
+def implementation(operator: str, backend: str) -> ModuleType:
+    """The module with forward and backward. Triton's is imported when it is first used: that takes half a second."""
+    name = {"native": "cpu", "torch": "torch_form", "triton": "triton"}[backend]
+    return importlib.import_module(f"linic.kernels.{operator}.{name}")
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

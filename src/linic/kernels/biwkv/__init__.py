@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from linic.errors import UsageError
-from linic.kernels.biwkv import cpu, torch_form
-from linic.kernels.choice import choose, compute_dtype
-
-BACKENDS = {"native": cpu, "torch": torch_form}
+from linic.kernels.choice import choose, compute_dtype, implementation
 
 
 def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
@@ -32,24 +29,28 @@ def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str | None = None
         raise UsageError(f"biwkv takes w, u (C,) and k, v (B, T, C) with T, C >= 1, not {shapes}")
     dtype = compute_dtype(w, u, k, v)
     name = choose("biwkv", k.device.type, dtype, backend)
+    if name == "triton":  # converts in registers: half precision is half the memory to read
+        return _forward(w.to(dtype), u.to(dtype), k, v, name)[0]
     return _forward(w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype), name)[0].to(v.dtype)
 
 
 @torch.library.custom_op("linic::biwkv", mutates_args=())
 def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """-> y and what the backend's backward wants to see again, (B, T, C) both."""
-    return BACKENDS[backend].forward(w, u, k, v)
+    """-> y and what the backend's backward wants to see again: (B, T, C), Triton's (B, chunks, 6, C) float32."""
+    return implementation("biwkv", backend).forward(w, u, k, v)
 
 
 @torch.library.custom_op("linic::biwkv_backward", mutates_args=())
 def _backward(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, aux: Tensor, g: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS[backend].backward(w, u, k, v, y, aux, g)
+    return implementation("biwkv", backend).backward(w, u, k, v, y, aux, g)
 
 
 @_forward.register_fake
 def _(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return v.new_empty(v.shape), w.new_empty(implementation("biwkv", backend).aux_shape(k))
     return k.new_empty(k.shape), k.new_empty(k.shape)
 
 
@@ -57,7 +58,7 @@ def _(w: Tensor, u: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor,
 def _(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, aux: Tensor, g: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return w.new_empty(w.shape), u.new_empty(u.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+    return w.new_empty(w.shape), u.new_empty(u.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
