@@ -1,15 +1,12 @@
-"""The doors with the real codec behind them, where the model is installed."""
+"""The doors with the real codec behind them."""
 import numpy as np
 import pytest
 from PIL import Image
 
-from linic import weights
 from linic.app.cli import main
 from linic.bench.metrics import psnr
 from linic.picture import attach, metadata, read, save, to_array
 
-pytestmark = pytest.mark.skipif(not any(m["name"] == "lalic-xs" and "error" not in m for m in weights.available()),
-                                reason="lalic-xs is not installed")
 PROFILE = b"a profile " * 40
 
 
