@@ -77,13 +77,18 @@ def huge(card):
     card["config"]["transform"]["widths"] = [1 << 20, 128, 256]
 
 
+def wide(card):
+    card["config"]["transform"]["widths"] = [4096, 128, 256]
+
+
 @pytest.mark.parametrize("tensors, card, message", [
     (drop, None, "h_s.head.proj.bias should have shape"),
     (reshape, None, "the file has \\(7,\\)"),
     (poison, None, "not finite"),
     (swap, None, "digest"),
     (starve, None, "digest"),
-    (None, huge, "should have shape"),
+    (None, huge, "whole numbers up to 4096"),
+    (None, wide, "should have shape"),
     (None, lambda c: c.update(format=99), "weight format 99"),
     (None, lambda c: c["config"].update(latents="many"), "latents"),
     (None, lambda c: c.pop("config"), "no linic card"),

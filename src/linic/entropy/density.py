@@ -66,7 +66,7 @@ class LogisticMixture(Density):
         super().__init__()
         self.median = 0.0
         self.logit = nn.Parameter(torch.zeros(channels, 3))
-        self.mean = nn.Parameter(torch.tensor([-1.0, 0.0, 1.0]).repeat(channels, 1))
+        self.mean = nn.Parameter(torch.tensor([[-1.0, 0.0, 1.0]] * channels))
         self.ln_scale = nn.Parameter(torch.zeros(channels, 3))
 
     def cdf(self, x: Tensor) -> Tensor:

@@ -118,8 +118,10 @@ class SpatialMix(nn.Module):
         if style.zero_init:
             nn.init.zeros_(self.out.weight)
         if not self.aft:
-            self.w = nn.Parameter(torch.randn(channels) if self.authors
-                                  else torch.linspace(-3, 3, channels)[torch.randperm(channels)])
+            # -3 .. 3, shuffled. From a list: on the meta device linspace imports sympy, a third of a second.
+            order = torch.randperm(channels, device="cpu").tolist()
+            spread = torch.tensor([6 * i / max(channels - 1, 1) - 3 for i in order])
+            self.w = nn.Parameter(torch.randn(channels) if self.authors else spread)
             self.u = nn.Parameter(torch.randn(channels) if self.authors else torch.zeros(channels))
 
     def decay(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from linic.errors import UsageError
 
 FOLDER = Path(__file__).parent / "presets"
+LARGEST, MOST = 4096, 64  # of a number; numbers in a list
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Config:
         return n
 
 
+def _sane(value: Any) -> bool:
+    """A configuration also comes out of weight files, which may be hostile."""
+    return type(value) is bool or (type(value) is int and 0 < value <= LARGEST)
+
+
 def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
     fields, hints, values = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), {}
     if unknown := set(data) - fields:
@@ -85,11 +91,15 @@ def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             value = _make(hint, value, at)
         elif typing.get_origin(hint) is tuple:
+            if not isinstance(value, (list, tuple)) or len(value) > MOST or not all(map(_sane, value)):
+                raise UsageError(f"{at}: {str(value)[:80]} should be at most {MOST} whole numbers up to {LARGEST}")
             value = tuple(value)
         elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
             raise UsageError(f"{at}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
         elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is not hint:
             raise UsageError(f"{at}: {value!r} should be of type {hint.__name__}")
+        if type(value) is int and not _sane(value):
+            raise UsageError(f"{at}: {value} should be from 1 to {LARGEST}")
         values[name] = value
     try:
         return cls(**values)

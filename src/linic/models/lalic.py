@@ -278,8 +278,8 @@ class Lalic(nn.Module):
         if config.variable_rate:
             # ln of the step that is best for an orthonormal transform: step^2 = 26 / lambda on the 0..255 scale.
             start = math.log(255 * math.sqrt(LAMBDA_0 / 26)) if config.init == "klt" else 0.0
-            self.gain_enc = nn.Parameter(torch.stack([torch.full((m,), start), torch.full((m,), 0.5)]))
-            self.gain_dec = nn.Parameter(self.gain_enc.detach().clone())
+            gains = [[start] * m, [0.5] * m]  # exponent at l = 0, slope over l
+            self.gain_enc, self.gain_dec = nn.Parameter(torch.tensor(gains)), nn.Parameter(torch.tensor(gains))
             self.register_buffer("ln_prior", torch.zeros(m))  # ln of y's deviation at l = 0; fixed at the start
 
     # The nets whose results steer the range coder.
