@@ -9,6 +9,7 @@ import shutil
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from linic.errors import BackendMissing, UsageError
 from linic.kernels import native
@@ -63,6 +64,14 @@ def implementation(operator: str, backend: str) -> ModuleType:
     """The module with forward and backward. Triton's is imported when it is first used: that takes half a second."""
     name = {"native": "cpu", "torch": "torch_form", "triton": "triton"}[backend]
     return importlib.import_module(f"linic.kernels.{operator}.{name}")
+
+
+def nobody_watches(device: str) -> bool:
+    """In plain inference a backend may be called directly: no gradient, no compiler, no dispatch mode (FLOP counter,
+    fake tensors) wants to see the operator. The first call of a registered one imports torch's compiler: a second."""
+    if torch.compiler.is_compiling():
+        return False
+    return device in ("cpu", "cuda") and torch.is_inference_mode_enabled() and _get_current_dispatch_mode() is None
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
