@@ -1,0 +1,198 @@
+"""Normative programs: everything between the symbols of z and the last mean of y, as data.
+
+A weight file holds a flat list of integer operators (operators.py) and the integer tensors that they name. Two more
+kinds of line talk to the range coder:
+
+    symbols -> z; numbers: channels                         z, one table a channel, tables count from `scales`
+    code(mean, index) -> y_hat; numbers: channel, parity, skip      one half of a group: y_hat = (symbol << 8) + mean
+
+mean and y_hat are in steps of 1/256 of a symbol, index is the table; where index < skip nothing is coded and the symbol
+is 0. The result is the register `y`. No control flow, no computed shapes: the size of z's grid and the quality are all
+that a run is given. `Program` checks every line at load; `plan` is the walk's plan (walk.py) on a backend: NumPy, the
+definition, or torch (fast.py). Raises WeightsError.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from linic.entropy.operators import (
+    MEAN_LIMIT,
+    MOST_TOKENS,
+    OPERATORS,
+    SYMBOL_LIMIT,
+    Z_LIMIT,
+    Ints,
+    Op,
+    Spec,
+    need,
+    spec_of,
+)
+from linic.entropy.walk import Step
+from linic.errors import LimitExceeded, WeightsError
+
+RESULT = "y"
+MOST_OPS = 20_000
+_COUNTS = {kind: operator.counts for kind, operator in OPERATORS.items()} | {"symbols": (0, 0, 1), "code": (2, 0, 3)}
+
+
+class Backend(Protocol):
+    """Where a program runs: registers are arrays of its own."""
+
+    def run(self, op: Op, quality: int, inputs: Sequence[Any]) -> Any: ...
+    def numpy(self, register: Any) -> Ints: ...
+    def register(self, values: Ints) -> Any: ...
+
+
+class Numpy:
+    """int64 everywhere: slow, and the definition."""
+
+    def __init__(self, program: "Program"):
+        self.tensors = program.tensors
+
+    def run(self, op: Op, quality: int, inputs: Sequence[Ints]) -> Ints:
+        return OPERATORS[op.kind].run(op, quality, *inputs, *(self.tensors[t] for t in op.tensors))
+
+    def numpy(self, register: Ints) -> Ints:
+        return register
+
+    def register(self, values: Ints) -> Ints:
+        return values.astype(np.int64)
+
+
+class Program:
+    """`lines`: as in the weight file, [kind, out, [args], [tensors], [numbers]] each. `specs`: of every register."""
+
+    def __init__(self, lines: Any, tensors: Mapping[str, Ints], scales: int):
+        self.ops, self.scales = [_parse(line) for line in _list(lines, MOST_OPS)], scales
+        missing = sorted({t for op in self.ops for t in op.tensors} - set(tensors))
+        if missing:
+            raise WeightsError(f"program: tensor {missing[0]!r} is not in the file")
+        self.tensors = {name: tensors[name] for op in self.ops for name in op.tensors}
+        for name, tensor in self.tensors.items():
+            if tensor.dtype.kind not in "iu" or tensor.size == 0:
+                raise WeightsError(f"program: tensor {name!r} is {tensor.dtype} {tensor.shape}, not integers")
+        self.specs: dict[str, Spec] = {}
+        self.z_channels = self.latents = 0
+        for op in self.ops:
+            if op.out in self.specs:
+                raise WeightsError(f"program: register {op.out!r} is written twice")
+            unknown = [a for a in op.args if a not in self.specs]
+            if unknown:
+                raise WeightsError(f"program: {op.kind} -> {op.out} reads {unknown[0]!r}, which nothing has written")
+            self.specs[op.out] = self._check(op)
+        result = self.specs.get(RESULT)
+        if result is None or result.half or result.scale != self.y_scale or result.channels != self.latents:
+            raise WeightsError(f"program: its result {RESULT!r} is not y_hat on the whole grid")
+        self._released = self._lifetimes()
+
+    y_scale = 4
+
+    def _check(self, op: Op) -> Spec:
+        inputs = [self.specs[a] for a in op.args]
+        if op.kind == "symbols":
+            need(not self.z_channels and 0 < op.numbers[0] <= 4096, op, "symbols come once")
+            self.z_channels = op.numbers[0]
+            return spec_of(op, [-Z_LIMIT] * self.z_channels, [Z_LIMIT] * self.z_channels, Spec(np.empty(0), np.empty(0), 1))
+        if op.kind == "code":
+            (mean, index), (channel, parity, skip) = inputs, op.numbers
+            need(mean.half and index.half and mean.scale == index.scale == self.y_scale
+                 and mean.channels == index.channels, op, "mean and index are not two halves of one grid")
+            need((mean.largest <= MEAN_LIMIT).all() and (index.low >= 0).all() and (index.high < self.scales).all(), op,
+                 "mean or index out of range")
+            # Anchors of a group, then its others: every latent is coded once, in order.
+            need(parity in (0, 1) and channel == self.latents and 0 <= skip <= self.scales, op, "out of order")
+            self.latents += mean.channels * parity
+            return spec_of(op, mean.low - (SYMBOL_LIMIT << 8), mean.high + (SYMBOL_LIMIT << 8), mean)
+        return OPERATORS[op.kind].check(op, *inputs, *(self.tensors[t] for t in op.tensors))
+
+    def _lifetimes(self) -> list[list[str]]:
+        """The registers that nobody reads after each line."""
+        last = {name: i for i, op in enumerate(self.ops) for name in (op.out, *op.args)}
+        last[RESULT] = len(self.ops)
+        out: list[list[str]] = [[] for _ in range(len(self.ops) + 1)]
+        for name, i in last.items():
+            out[i].append(name)
+        return out[:-1]
+
+    def lines(self) -> list[list[Any]]:
+        return [[op.kind, op.out, [*op.args], [*op.tensors], [*op.numbers]] for op in self.ops]
+
+    def digest(self) -> bytes:
+        """SHA-256 over the lines and, in order of their names, each tensor's name, type, shape and bytes."""
+        h = hashlib.sha256(json.dumps([self.scales, self.lines()], separators=(",", ":")).encode())
+        for name in sorted(self.tensors):
+            tensor = np.ascontiguousarray(self.tensors[name])
+            h.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
+            h.update(tensor.astype(tensor.dtype.newbyteorder("<")).tobytes())
+        return h.digest()
+
+    def __str__(self) -> str:
+        """A line each, with the tensors' shapes and the range of the result."""
+        rows = []
+        for op in self.ops:
+            spec = self.specs[op.out]
+            named = [f"{t} {self.tensors[t].dtype.name}{list(self.tensors[t].shape)}" for t in op.tensors]
+            inside = ", ".join([*op.args, *named, *map(str, op.numbers)])
+            grid = f"{'half of ' if spec.half else ''}x{spec.scale}"
+            rows.append(f"{op.out} = {op.kind}({inside})    # {spec.channels} ch, {grid}, "
+                        f"{spec.low.min()} .. {spec.high.max()}")
+        return "\n".join(rows)
+
+
+def plan(program: Program, backend: Backend, quality: int, z_size: tuple[int, int], z: Ints | None = None,
+         y_q8: Ints | None = None) -> Generator[Step, Ints, Ints]:
+    """The coding plan of one picture. z (h, w, Nz), y_q8 (H, W, M) in steps of 1/256: integers in the encoder, None in
+    the decoder. Returns y_hat_q8 (H, W, M), int32. Raises LimitExceeded: a picture of more than 2^14 positions of y."""
+    scale = program.y_scale
+    if z_size[0] * z_size[1] * scale * scale > MOST_TOKENS:
+        raise LimitExceeded(0, f"a tile of {z_size[1] * 64}x{z_size[0] * 64} pixels; 2048x2048 can be coded as one")
+    registers: dict[str, Any] = {}
+    halves = [None, None] if y_q8 is None else [OPERATORS["half"].run(Op("half", "", (), (), (p,)), 0, y_q8[None])[0]
+                                                for p in (0, 1)]
+    for op, released in zip(program.ops, program._released):
+        inputs = [registers[a] for a in op.args]
+        if op.kind == "symbols":
+            table = np.arange(program.scales, program.scales + program.z_channels, dtype=np.int32)
+            symbols = yield Step(np.tile(table, z_size[0] * z_size[1]),
+                                 None if z is None else z.reshape(-1).astype(np.int32))
+            registers[op.out] = backend.register(symbols.reshape(1, *z_size, program.z_channels))
+        elif op.kind == "code":
+            channel, parity, skip = op.numbers
+            mean, index = (backend.numpy(x)[0] for x in inputs)
+            coded = index >= skip
+            wanted, half = None, halves[parity]
+            if half is not None:
+                want = half[..., channel:channel + mean.shape[2]]
+                wanted = np.clip((want - mean + 128) >> 8, -SYMBOL_LIMIT, SYMBOL_LIMIT)[coded].astype(np.int32)
+            symbols = yield Step(index[coded].astype(np.int32), wanted)
+            values = np.zeros(mean.shape, np.int64)
+            values[coded] = symbols
+            registers[op.out] = backend.register(((values << 8) + mean)[None])
+        else:
+            registers[op.out] = backend.run(op, quality, inputs)
+        for name in released:
+            del registers[name]
+    return backend.numpy(registers[RESULT])[0].astype(np.int32)
+
+
+def _list(value: Any, most: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) > most:
+        raise WeightsError(f"program: expected a list of at most {most} entries, found {str(value)[:60]}")
+    return value
+
+
+def _parse(line: Any) -> Op:
+    if not isinstance(line, list) or len(line) != 5 or not all(isinstance(x, str) for x in line[:2]):
+        raise WeightsError(f"program: no operator: {str(line)[:80]}")
+    kind, out, *parts = line
+    if kind not in _COUNTS:
+        raise WeightsError(f"program: unknown operator {kind[:40]!r}: written by a later linic? Update yours")
+    for part, count, types in zip(parts, _COUNTS[kind], (str, str, int)):
+        right = all(type(x) is types for x in _list(part, 256))
+        if not right or (count >= 0 and len(part) != count) or (types is int and any(abs(x) > 1 << 53 for x in part)):
+            raise WeightsError(f"program: {kind} -> {out[:40]}: {str(part)[:60]} is not what it takes")
+    return Op(kind, out, *(tuple(p) for p in parts))
