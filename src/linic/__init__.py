@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linic.codec import decode, encode, info, load
+    from linic.codec import decode, encode, info, load, verify
     from linic.errors import DecodeError, LinicError, ModelMissing, PictureError, UsageError, WeightsError
 
 # Read when torch loads. libgomp's threads spin at every barrier, and a picture has thousands: beside one busy process
@@ -20,12 +20,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 _HOME = {
-    **dict.fromkeys(["encode", "decode", "info", "load"], "linic.codec"),
+    **dict.fromkeys(["encode", "decode", "info", "load", "verify"], "linic.codec"),
     **dict.fromkeys(["DecodeError", "LinicError", "ModelMissing", "PictureError", "UsageError", "WeightsError"],
                     "linic.errors"),
 }
 __all__ = ["DecodeError", "LinicError", "ModelMissing", "PictureError", "UsageError", "WeightsError", "__version__",
-           "decode", "encode", "info", "load"]
+           "decode", "encode", "info", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

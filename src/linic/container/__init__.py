@@ -10,7 +10,9 @@ from linic.container.full import SIGNATURE, build_full, parse_full
 from linic.container.image import (
     ARITHMETICS,
     COMPACT,
+    FLOAT64,
     FULL,
+    INTEGERS,
     MAX_PIXELS,
     METADATA,
     MODEL_CODES,
@@ -19,11 +21,12 @@ from linic.container.image import (
     Image,
     Tile,
     model_code,
+    tiling,
 )
 from linic.errors import NotLinic, Truncated
 
-__all__ = ["ARITHMETICS", "COMPACT", "FULL", "MAX_PIXELS", "METADATA", "MODEL_CODES", "MODES", "VERSION", "Image",
-           "Tile", "build", "model_code", "parse", "sniff"]
+__all__ = ["ARITHMETICS", "COMPACT", "FLOAT64", "FULL", "INTEGERS", "MAX_PIXELS", "METADATA", "MODEL_CODES", "MODES",
+           "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff", "tiling"]
 
 
 def build(image: Image) -> bytes:

@@ -2,7 +2,7 @@
 
 Its CRC-16 covers latents, so parse cannot verify it: whoever decodes them compares `Image.checksum` with the tile's.
 """
-from linic.container.image import COMPACT, MODEL_CODES, Image, Tile, check_size
+from linic.container.image import COMPACT, INTEGERS, MODEL_CODES, Image, Tile, check_size
 from linic.errors import Damaged, Truncated, Unsupported, UsageError
 
 FIRST = 0x8D
@@ -26,7 +26,7 @@ def build_compact(image: Image) -> bytes:
             (image.metadata or image.unknown, "metadata"),
             (image.mode != "RGB", f"mode {image.mode}"),
             (image.model not in MODEL_CODES, f"the unregistered model code {image.model}"),
-            (image.version != 0 or image.arithmetic != 0, "another version or arithmetic than 0"),
+            (image.version != 0 or image.arithmetic != INTEGERS, "another version than 0 or arithmetic than integers"),
             (not 1 <= min(image.width, image.height) <= max(image.width, image.height) <= LARGE_SIDE,
              f"a size of {image.width}x{image.height}")):
         if wrong:
@@ -55,4 +55,4 @@ def parse_compact(data: bytes, max_pixels: int | None) -> Image:
         raise Damaged(3, f"{width}x{height} is written the long way: fetch the file again")
     check_size(width, height, max_pixels, 3)
     tile = Tile(quality, data[start:], int.from_bytes(data[start - CRC_BYTES:start], "big"), start)
-    return Image(width, height, [tile], model=model, profile=COMPACT)
+    return Image(width, height, [tile], model=model, arithmetic=INTEGERS, profile=COMPACT)

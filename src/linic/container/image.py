@@ -1,6 +1,8 @@
 """What a linic file says, as data, and the numbers it says it with. Never renumber: files hold these numbers."""
 from binascii import crc_hqx
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 from zlib import crc32
 
 from linic.errors import LimitExceeded
@@ -8,12 +10,14 @@ from linic.errors import LimitExceeded
 VERSION = 0
 FULL, COMPACT = "full", "compact"
 MODES = {0: "L", 1: "RGB"}
-ARITHMETICS = {0: "float64"}            # 1 is reserved for integer programs
+FLOAT64, INTEGERS = 0, 1
+ARITHMETICS = {FLOAT64: "float64", INTEGERS: "integers"}
 MODEL_CODES = {1: "lalic-xs", 2: "lalic-s", 3: "lalic", 17: "mrt-xs", 18: "mrt-s", 19: "mrt"}
 METADATA = {"ICCP": 1 << 22, "EXIF": 1 << 24, "XMP_": 1 << 24, "TEXT": 1 << 16}     # limits in bytes, in file order
 
 DIGEST_BYTES = 8
 CELL = 64                               # tile borders are multiples of it, so a tile has at least one
+TILE = 2048                             # pixels; larger pictures are coded in several
 MAX_SIDE = 1 << 24
 MAX_TILES = 1 << 16
 MAX_MODEL_CODE = (1 << 16) - 1
@@ -23,6 +27,19 @@ MAX_PIXELS = 1 << 26                    # by default: a decoder of one piece tak
 def model_code(name: str) -> int:
     """The number of a registered model, 0 for any other: those are known by digest alone."""
     return {name: code for code, name in MODEL_CODES.items()}.get(name, 0)
+
+
+def tiling(width: int, height: int) -> tuple[int, int]:
+    """The fewest tiles across and down of which none exceeds TILE."""
+    found = []
+    for side in (width, height):
+        cells, most = -(-side // CELL), TILE // CELL
+        found.append(next(n for n in range(-(-cells // most), cells + 1) if _largest(cells, n) <= most))
+    return found[0], found[1]
+
+
+def _largest(cells: int, n: int) -> int:
+    return max(b - a for a, b in pairwise(i * cells // n for i in range(n + 1)))
 
 
 @dataclass
@@ -58,6 +75,12 @@ class Image:
     @property
     def model_name(self) -> str | None:
         return MODEL_CODES.get(self.model)
+
+    def cells(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of each tile, in cells of 64 pixels."""
+        rows, columns = ([slice(*cut) for cut in pairwise(i * -(-side // CELL) // n for i in range(n + 1))]
+                         for side, n in ((self.height, self.tiles_y), (self.width, self.tiles_x)))
+        return product(rows, columns)
 
     def checksum(self, tile: int, latents: bytes) -> int:
         """What tiles[tile].checksum must be. latents: y_hat in Q8, int32 little-endian by row, column, channel."""

@@ -13,7 +13,7 @@ measurements (docs/determinism.md).
 
 import os
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,19 +44,21 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
     return (u >> 7).to(torch.uint8), (u & 127).to(torch.uint8)
 
 
-def _weight_digits(weight: Tensor) -> list[tuple[int, Tensor]]:
-    """[(place value, digits)], |digit| <= 127: one entry where the weights are that small."""
+def _weight_digits(weight: Tensor) -> list[Tensor]:
+    """Digits of place value 128 and 1, |digit| <= 127; only the latter where the weights are that small."""
     w = weight.int()
     if int(w.abs().max()) <= 127:
-        return [(1, w.to(torch.int8))]
-    return [(128, (w >> 7).to(torch.int8)), (1, (w & 127).to(torch.int8))]
+        return [w.to(torch.int8)]
+    return [(w >> 7).to(torch.int8), (w & 127).to(torch.int8)]
 
 
 def _by_digits(weight: Tensor, product: Callable[[Tensor, Tensor], Tensor], ready: Callable[[Tensor], Tensor],
                pad: bool) -> Product:
     n, k = weight.shape
-    parts = [(place, ready(w)) for place, w in _weight_digits(weight)]
+    digits = _weight_digits(weight)
+    parts = [ready(w) for w in digits]
     offset = 8192 * weight.double().sum(1)
+    narrow = max(int(w.long().abs().sum(1).max()) for w in digits) <= 131071
 
     def run(x: Tensor) -> Tensor:
         rows, total = x.shape[0], None
@@ -64,10 +66,12 @@ def _by_digits(weight: Tensor, product: Callable[[Tensor, Tensor], Tensor], read
         if pad:
             size = (0, -k % 8, 0, max(32 - rows, 0))
             high, low = (torch.nn.functional.pad(d, size) for d in (high, low))
-        for place, w in parts:
-            for value, digit in ((128 * place, high), (place, low)):
-                sums = product(digit, w)[:rows, :n].double()
-                total = sums * value if total is None else total.add_(sums, alpha=value)
+        for w in parts:
+            # sum |digit of w| <= 131,071 keeps 128 high + low within int32; float32 sums go over to float64 at once.
+            sums, small = product(high, w), product(low, w)
+            both = sums.mul_(128).add_(small) if narrow and sums.dtype == torch.int32 else sums.double() * 128 + small
+            both = both[:rows, :n].double()
+            total = both if total is None else total.mul_(128).add_(both)
         assert total is not None
         return total - offset
 
@@ -109,7 +113,7 @@ def _lcg(count: int, modulus: int, seed: int) -> Tensor:
     return torch.tensor(out)
 
 
-@lru_cache(maxsize=None)
+@cache
 def self_test(name: str, device: str, bits: int, shapes: tuple[tuple[int, int], ...]) -> str:
     """"" when the carrier gives int64's sums on worst cases of these (N, K), else what went wrong."""
     top, noise = 2 ** (bits - 1) - 1, _lcg(4096, 1 << 14, 1)
@@ -140,7 +144,8 @@ def asked() -> str | None:
 
 def choose(device: str, bits: int, shapes: Iterable[tuple[int, int]]) -> tuple[str, str]:
     """-> carrier and why. Raises BackendMissing when none is exact here."""
-    known, reasons = tuple(sorted(set(shapes))), []
+    known = tuple(sorted(set(shapes)))
+    reasons: list[str] = []
     wanted = asked()
     for name in [wanted] if wanted else PREFERRED.get((device, bits), ("f64", "i64")):
         problem = self_test(name, device, bits, known)

@@ -40,11 +40,15 @@ class Torch:
             shapes = {tuple(self.tensors[op.tensors[0]].shape) for op in ops}
             largest = sorted(shapes, key=lambda s: s[0] * s[1])[-3:]        # few, and the worst: 50 ms in all
             self.carriers[bits] = carriers.choose(self.device.type, bits, largest)      # type: ignore[arg-type]
+        made: dict[tuple[str, str], carriers.Product] = {}
         for op in linears:
             name = self.carriers[self._bits(op)][0]
             if (self.program.specs[op.args[0]].largest > 8191).any():
                 name = "i64" if name == "i64" else "f64"        # digits have 14 bits
-            self._products.setdefault(op.tensors[0], carriers.carry(name, self.tensors[op.tensors[0]]))
+            key = op.tensors[0], name           # lines may share weights, at inputs of different width
+            if key not in made:
+                made[key] = carriers.carry(name, self.tensors[op.tensors[0]])
+            self._products[op.out] = made[key]
         for op in self.program.ops:
             if op.kind in ("linear", "depthwise"):
                 m, c, s, low, high = self.tensors[op.tensors[1]].double()
@@ -74,7 +78,7 @@ class Torch:
 
     def _linear(self, op: Op, quality: int, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[3])
-        total = self._products[op.tensors[0]](rows)
+        total = self._products[op.out](rows)
         return self._requantise(total, op.tensors[1]).view(*x.shape[:3], -1)
 
     def _depthwise(self, op: Op, quality: int, x: Tensor) -> Tensor:
@@ -165,7 +169,8 @@ class Torch:
         key = "exact", op.out
         if key not in self._ready:
             m, c = (self.program.tensors[n] for n in op.tensors)
-            reach = np.abs(m.astype(float)).max(0) * self.program.specs[op.args[0]].largest + np.abs(c.astype(float)).max(0)
+            largest = self.program.specs[op.args[0]].largest
+            reach = np.abs(m.astype(float)).max(0) * largest + np.abs(c.astype(float)).max(0)
             self._ready[key] = (torch.tensor(bool((reach < EXACT).all())),)     # type: ignore[index]
         return bool(self._ready[key][0])        # type: ignore[index]
 

@@ -1,8 +1,9 @@
 """The integer operators of normative programs: what each one computes, and what it asks of its inputs.
 
-`run` is the definition, on NumPy's int64; fast.py computes the same on torch. `check` derives the bounds of the result
-from those of the inputs and of the tensors, once, when a program is loaded, and raises WeightsError where any sum or
-index could leave its range: no later step has to look. Arrays are (B, H, W, C); >> and // round towards minus infinity.
+`run` is the definition, on NumPy's int64; fast.py computes the same on torch. `check` (tensors as int64) derives the
+bounds of the result from those of the inputs and of the tensors, once, when a program is loaded, and raises
+WeightsError where any sum or index could leave its range: no later step has to look.
+Arrays are (B, H, W, C); >> and // round towards minus infinity.
 A unit 2^-p is what 1 stands for: a matter of the converter (convert.py), programs do not know it.
 Sources: integer networks of Balle, Johnston, Minnen (ICLR 2019); BiWKV as in kernels/biwkv; the ranges are ours.
 """
@@ -113,7 +114,7 @@ class Linear(Operator):
     @staticmethod
     def check(op: Op, x: Spec, weight: Ints, requant: Ints) -> Spec:
         need(weight.ndim == 2 and weight.shape[1] == x.channels, op, f"weight {weight.shape} for {x.channels} channels")
-        need((np.abs(weight) <= 8191).all(), op, "weights beyond 14 bits")
+        need((weight >= -8191).all() and (weight <= 8191).all(), op, "weights beyond 14 bits")
         return requantised(op, np.abs(weight).astype(float) @ x.largest.astype(float), requant, x)
 
     @staticmethod
@@ -129,7 +130,8 @@ class Depthwise(Operator):
     @staticmethod
     def check(op: Op, x: Spec, weight: Ints, requant: Ints) -> Spec:
         need(weight.shape == (25, x.channels) and not x.half, op, f"weight {weight.shape} for {x.channels} channels")
-        bound = np.abs(weight.astype(np.int64)).sum(0) * x.largest
+        need((weight >= -8191).all() and (weight <= 8191).all(), op, "weights beyond 14 bits")
+        bound = np.abs(weight).sum(0) * x.largest
         need((bound <= WORD).all(), op, "sums must fit 32 bits")
         return requantised(op, bound.astype(float), requant, x)
 
@@ -253,10 +255,12 @@ class BiWkv(Operator):
         same_grid(op, k, v)
         need(not k.half and k.channels == v.channels and decay.shape == bonus.shape == (k.channels,), op, "shapes")
         need((v.largest <= 8192).all() and (k.largest <= 1 << 20).all(), op, "v beyond 14 bits or k beyond 20")
-        need((decay >= 0).all() and (decay <= DECAY_LIMIT).all() and (np.abs(bonus) <= BONUS_LIMIT).all(), op,
+        need((decay >= 0).all() and (decay <= DECAY_LIMIT).all() and (bonus >= -BONUS_LIMIT).all()
+             and (bonus <= BONUS_LIMIT).all(), op,
              "decay or bonus out of range")
         need(exp.shape == (EXP_LAST - EXP_FIRST + 1,) and fall.shape == (2 * BONUS_LIMIT + 1,), op, "table lengths")
-        need((exp >= 1).all() and (exp <= 1 << 26).all() and (fall >= 1).all() and (fall <= 1 << 20).all(), op, "tables")
+        need((exp >= 1).all() and (exp <= 1 << 26).all() and (fall >= 1).all() and (fall <= 1 << 20).all(), op,
+             "tables out of range")
         # What the sums can reach at most, with these tables: the terms of one side, at the largest distance factors.
         reach = _reach(decay, exp.astype(float), fall.astype(float))
         need(reach * 8193 < 2.0**63, op, "sums could leave 63 bits")
@@ -313,7 +317,7 @@ class Add(Operator):
 
     @staticmethod
     def run(op: Op, quality: int, a: Ints, b: Ints) -> Ints:
-        return np.clip(a + b, *op.numbers)
+        return np.clip(a + b, op.numbers[0], op.numbers[1])
 
 
 class Rescale(Operator):
@@ -325,8 +329,9 @@ class Rescale(Operator):
     @staticmethod
     def check(op: Op, x: Spec, m: Ints, c: Ints) -> Spec:
         shift, low, high = op.numbers
-        need(all(t.ndim == 2 and t.shape[0] in (1, QUALITIES) and t.shape[1] == x.channels for t in (m, c)), op, "shapes")
-        reach = np.abs(m).max(0).astype(float) * x.largest + np.abs(c.astype(float)).max(0)
+        for t in (m, c):
+            need(t.ndim == 2 and t.shape[0] in (1, QUALITIES) and t.shape[1] == x.channels, op, f"a row is {t.shape}")
+        reach = np.abs(m.astype(float)).max(0) * x.largest + np.abs(c.astype(float)).max(0)
         need((reach < 2.0**62).all() and 0 <= shift <= 62 and low <= high, op, "range")
         ends = [np.clip(((x_ * m + c) >> shift), low, high) for x_ in (x.low, x.high)]
         return spec_of(op, np.minimum(*ends).min(0), np.maximum(*ends).max(0), x)
@@ -334,7 +339,8 @@ class Rescale(Operator):
     @staticmethod
     def run(op: Op, quality: int, x: Ints, m: Ints, c: Ints) -> Ints:
         m, c = (t[quality if len(t) > 1 else 0].astype(np.int64) for t in (m, c))
-        return np.clip((x * m + c) >> op.numbers[0], *op.numbers[1:])
+        shift, low, high = op.numbers
+        return np.clip((x * m + c) >> shift, low, high)
 
 
 class Concat(Operator):

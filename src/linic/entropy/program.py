@@ -14,6 +14,7 @@ definition, or torch (fast.py). Raises WeightsError.
 
 import hashlib
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from linic.entropy.operators import (
     MOST_TOKENS,
     OPERATORS,
     SYMBOL_LIMIT,
+    WORD,
     Z_LIMIT,
     Ints,
     Op,
@@ -31,11 +33,13 @@ from linic.entropy.operators import (
     need,
     spec_of,
 )
-from linic.entropy.walk import Step
-from linic.errors import LimitExceeded, WeightsError
+from linic.entropy.walk import Step, walk
+from linic.errors import Damaged, LimitExceeded, WeightsError
+from linic.rangecoder import Encoder, Tables
 
 RESULT = "y"
-MOST_OPS = 20_000
+# Lines; channels of all registers together; tensor entries that all lines together read.
+MOST_OPS, MOST_IN_ALL, MOST_READ = 20_000, 1 << 21, 1 << 27
 _COUNTS = {kind: operator.counts for kind, operator in OPERATORS.items()} | {"symbols": (0, 0, 1), "code": (2, 0, 3)}
 
 
@@ -73,19 +77,25 @@ class Program:
             raise WeightsError(f"program: tensor {missing[0]!r} is not in the file")
         self.tensors = {name: tensors[name] for op in self.ops for name in op.tensors}
         for name, tensor in self.tensors.items():
-            if tensor.dtype.kind not in "iu" or tensor.size == 0:
+            if tensor.dtype.kind != "i" or tensor.size == 0:
                 raise WeightsError(f"program: tensor {name!r} is {tensor.dtype} {tensor.shape}, not integers")
         self.specs: dict[str, Spec] = {}
-        self.z_channels = self.latents = 0
+        self.z_channels = self.latents = self._open = 0     # _open: channels of anchors whose others are to come
+        total = read = 0
         for op in self.ops:
             if op.out in self.specs:
                 raise WeightsError(f"program: register {op.out!r} is written twice")
             unknown = [a for a in op.args if a not in self.specs]
             if unknown:
                 raise WeightsError(f"program: {op.kind} -> {op.out} reads {unknown[0]!r}, which nothing has written")
+            read += sum(self.tensors[t].size for t in op.tensors)
+            need(read <= MOST_READ, op, f"more than {MOST_READ} tensor entries in all")
             self.specs[op.out] = self._check(op)
+            total += self.specs[op.out].channels
+            need(total <= MOST_IN_ALL, op, f"more than {MOST_IN_ALL} channels in all")
         result = self.specs.get(RESULT)
-        if result is None or result.half or result.scale != self.y_scale or result.channels != self.latents:
+        if (result is None or result.half or result.scale != self.y_scale or result.channels != self.latents
+                or self._open):
             raise WeightsError(f"program: its result {RESULT!r} is not y_hat on the whole grid")
         self._released = self._lifetimes()
 
@@ -96,7 +106,8 @@ class Program:
         if op.kind == "symbols":
             need(not self.z_channels and 0 < op.numbers[0] <= 4096, op, "symbols come once")
             self.z_channels = op.numbers[0]
-            return spec_of(op, [-Z_LIMIT] * self.z_channels, [Z_LIMIT] * self.z_channels, Spec(np.empty(0), np.empty(0), 1))
+            limit = np.full(self.z_channels, Z_LIMIT)
+            return spec_of(op, -limit, limit, Spec(limit, limit, 1))
         if op.kind == "code":
             (mean, index), (channel, parity, skip) = inputs, op.numbers
             need(mean.half and index.half and mean.scale == index.scale == self.y_scale
@@ -104,10 +115,12 @@ class Program:
             need((mean.largest <= MEAN_LIMIT).all() and (index.low >= 0).all() and (index.high < self.scales).all(), op,
                  "mean or index out of range")
             # Anchors of a group, then its others: every latent is coded once, in order.
-            need(parity in (0, 1) and channel == self.latents and 0 <= skip <= self.scales, op, "out of order")
+            need(parity == (self._open > 0) and self._open in (0, mean.channels) and channel == self.latents
+                 and 0 <= skip <= self.scales, op, "out of order")
+            self._open = 0 if parity else mean.channels
             self.latents += mean.channels * parity
             return spec_of(op, mean.low - (SYMBOL_LIMIT << 8), mean.high + (SYMBOL_LIMIT << 8), mean)
-        return OPERATORS[op.kind].check(op, *inputs, *(self.tensors[t] for t in op.tensors))
+        return OPERATORS[op.kind].check(op, *inputs, *(self.tensors[t].astype(np.int64) for t in op.tensors))
 
     def _lifetimes(self) -> list[list[str]]:
         """The registers that nobody reads after each line."""
@@ -146,37 +159,67 @@ class Program:
 def plan(program: Program, backend: Backend, quality: int, z_size: tuple[int, int], z: Ints | None = None,
          y_q8: Ints | None = None) -> Generator[Step, Ints, Ints]:
     """The coding plan of one picture. z (h, w, Nz), y_q8 (H, W, M) in steps of 1/256: integers in the encoder, None in
-    the decoder. Returns y_hat_q8 (H, W, M), int32. Raises LimitExceeded: a picture of more than 2^14 positions of y."""
+    the decoder. Returns y_hat_q8 (H, W, M), int32. Raises LimitExceeded: a picture of more than 2^14 positions of y.
+    z and y_q8 of several pictures may come with a batch in front: their symbols make one stream, picture by picture
+    within each step."""
     scale = program.y_scale
     if z_size[0] * z_size[1] * scale * scale > MOST_TOKENS:
         raise LimitExceeded(0, f"a tile of {z_size[1] * 64}x{z_size[0] * 64} pixels; 2048x2048 can be coded as one")
+    batched = z is not None and z.ndim == 4
+    if z is not None and y_q8 is not None and not batched:
+        z, y_q8 = z[None], y_q8[None]
     registers: dict[str, Any] = {}
-    halves = [None, None] if y_q8 is None else [OPERATORS["half"].run(Op("half", "", (), (), (p,)), 0, y_q8[None])[0]
-                                                for p in (0, 1)]
+    halves = [None if y_q8 is None else OPERATORS["half"].run(Op("half", "", (), (), (p,)), 0, y_q8) for p in (0, 1)]
     for op, released in zip(program.ops, program._released):
         inputs = [registers[a] for a in op.args]
         if op.kind == "symbols":
             table = np.arange(program.scales, program.scales + program.z_channels, dtype=np.int32)
-            symbols = yield Step(np.tile(table, z_size[0] * z_size[1]),
-                                 None if z is None else z.reshape(-1).astype(np.int32))
-            registers[op.out] = backend.register(symbols.reshape(1, *z_size, program.z_channels))
+            shape = 1 if z is None else len(z), *z_size, program.z_channels
+            symbols = yield Step(np.tile(table, math.prod(shape[:3])), None if z is None else _flat(z))
+            if (np.abs(symbols) > Z_LIMIT).any():
+                raise Damaged(0, f"a symbol of z beyond {Z_LIMIT}: fetch the file again")
+            registers[op.out] = backend.register(symbols.reshape(shape))
         elif op.kind == "code":
             channel, parity, skip = op.numbers
-            mean, index = (backend.numpy(x)[0] for x in inputs)
+            mean, index = (backend.numpy(x) for x in inputs)
             coded = index >= skip
             wanted, half = None, halves[parity]
             if half is not None:
-                want = half[..., channel:channel + mean.shape[2]]
+                want = half[..., channel:channel + mean.shape[3]]
                 wanted = np.clip((want - mean + 128) >> 8, -SYMBOL_LIMIT, SYMBOL_LIMIT)[coded].astype(np.int32)
             symbols = yield Step(index[coded].astype(np.int32), wanted)
             values = np.zeros(mean.shape, np.int64)
             values[coded] = symbols
-            registers[op.out] = backend.register(((values << 8) + mean)[None])
+            registers[op.out] = backend.register((values << 8) + mean)
         else:
             registers[op.out] = backend.run(op, quality, inputs)
         for name in released:
             del registers[name]
-    return backend.numpy(registers[RESULT])[0].astype(np.int32)
+    y_hat = backend.numpy(registers[RESULT]).astype(np.int32)
+    return y_hat if batched else y_hat[0]
+
+
+def _flat(values: Ints) -> Ints:
+    return values.reshape(-1).astype(np.int32)
+
+
+def known_answer(program: Program, tables: Tables, backend: Backend) -> str:
+    """SHA-256 over what made-up latents become: their bytes in a file, and y_hat. The weight file has it as NumPy gives
+    it; a machine that gives another may not decode."""
+    rows, columns, quality = 2, 3, 40
+    z = _noise(rows * columns * program.z_channels, 1) % 5 - 2
+    y_q8 = _noise(16 * rows * columns * program.latents, 2) % 4096 - 2048
+    coder = Encoder(tables)
+    y_hat = walk(plan(program, backend, quality, (rows, columns), z.reshape(rows, columns, -1),
+                      y_q8.reshape(4 * rows, 4 * columns, -1)), coder)
+    return hashlib.sha256(coder.finish() + y_hat.astype("<i4").tobytes()).hexdigest()
+
+
+def _noise(count: int, seed: int) -> Ints:
+    """0 .. 65535, the same everywhere: a multiplicative hash of the position."""
+    x = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1_000_003)) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(29)
+    return ((x * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(48)).astype(np.int64)
 
 
 def _list(value: Any, most: int) -> list[Any]:
@@ -193,6 +236,6 @@ def _parse(line: Any) -> Op:
         raise WeightsError(f"program: unknown operator {kind[:40]!r}: written by a later linic? Update yours")
     for part, count, types in zip(parts, _COUNTS[kind], (str, str, int)):
         right = all(type(x) is types for x in _list(part, 256))
-        if not right or (count >= 0 and len(part) != count) or (types is int and any(abs(x) > 1 << 53 for x in part)):
+        if not right or (count >= 0 and len(part) != count) or (types is int and any(abs(x) > WORD for x in part)):
             raise WeightsError(f"program: {kind} -> {out[:40]}: {str(part)[:60]} is not what it takes")
     return Op(kind, out, *(tuple(p) for p in parts))

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linic.kernels import pointwise
+from linic.kernels.choice import fusible
+
 SCALE_MIN, SCALE_MAX = 0.11, 256.0
 LN_SCALE_MIN, LN_SCALE_MAX = math.log(SCALE_MIN), math.log(SCALE_MAX)
 LIKELIHOOD_MIN = 1e-9
@@ -44,6 +47,8 @@ def gaussian_likelihood(distance: Tensor, ln_scale: Tensor) -> Tensor:
 
     Phi((1/2 - |d|)/s) - Phi((-1/2 - |d|)/s): written with erfc of positive arguments, so that tails keep digits.
     """
+    if distance.shape == ln_scale.shape and fusible(distance, ln_scale):
+        return pointwise.gaussian(distance, ln_scale, LIKELIHOOD_MIN)
     a, r = distance.abs(), torch.exp(-ln_scale) * math.sqrt(0.5)
     p = 0.5 * (torch.erfc((a - 0.5) * r) - torch.erfc((a + 0.5) * r))
     return bounded(p, LIKELIHOOD_MIN)

@@ -7,7 +7,8 @@ real pictures (`calibrate`). Raises WeightsError for presets whose networks are 
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from linic.entropy.operators import MEAN_LIMIT, QUALITIES, SYMBOL_LIMIT, Z_LIMIT
 from linic.entropy.rounding import LN_SCALE_MAX, LN_SCALE_MIN
 from linic.errors import WeightsError
 from linic.models.blocks import Block, ChannelMix, Down, OmniShift, QualityRow, SpatialMix, Up
+from linic.models.config import Config
 from linic.models.lalic import (
     LAMBDA_0,
     GroupContext,
@@ -38,50 +40,73 @@ LEVELS = [math.log(quality_to_lambda(float(q)) / LAMBDA_0) for q in range(QUALIT
 UNSEEN = 16.0
 
 
+@dataclass
+class Seen:
+    """What real pictures did to the normative networks. peaks: the largest |output| of each module ("NAME+": the
+    largest of a Channel Mix's hidden part, before its square). moments: the mean of x x^T over the inputs of each
+    Linear."""
+
+    peaks: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, Floats] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def calibrate(model: Lalic, pictures: Iterable[Tensor], qualities: Iterable[float] = (0.0, 33.0, 67.0, 100.0)) -> dict[str, float]:
-    """The largest |output| of every module of the normative networks ("NAME+": the largest output of a Channel Mix's
-    hidden part, before its square). pictures: (H, W, 3) uint8, sides multiples of config.multiple."""
-    peaks: dict[str, float] = {}
+def calibrate(model: Lalic, pictures: Iterable[Tensor], qualities: Iterable[float] = (0.0, 33.0, 67.0, 100.0)) -> Seen:
+    """pictures: (H, W, 3) uint8, sides multiples of config.multiple."""
+    seen, rows = Seen(), dict.fromkeys([""], 0)
     model = copy.deepcopy(model).double().eval()        # in float64 no fused kernel passes the layers by
 
     def watch(name: str, hidden: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                peaks[name] = max(peaks.get(name, 0.0), output.abs().max().item())
-                if hidden:
-                    peaks[f"{name}+"] = max(peaks.get(f"{name}+", 0.0), output[..., :hidden].max().item())
+                seen.peaks[name] = max(seen.peaks.get(name, 0.0), output.abs().max().item())
+            if hidden:
+                seen.peaks[f"{name}+"] = max(seen.peaks.get(f"{name}+", 0.0), output[..., :hidden].max().item())
+            if isinstance(module, nn.Linear):
+                x = inputs[0].reshape(-1, module.in_features)
+                seen.moments[name] = seen.moments.get(name, 0.0) + (x.T @ x).numpy()
+                rows[name] = rows.get(name, 0) + len(x)
         return hook
 
     for name, module in model.named_modules():
         if name.startswith(("h_s", "contexts")):
-            for child, kr in module.named_children():
-                if child == "kr":
-                    hidden: int = module.out.in_features  # type: ignore[union-attr,assignment]
-                    kr.register_forward_hook(watch(f"{name}.kr", hidden))
-            module.register_forward_hook(watch(name, 0))
+            mix: Any = model.get_submodule(name.rpartition(".")[0])
+            module.register_forward_hook(watch(name, mix.out.in_features if name.endswith(".kr") else 0))
     for picture in pictures:
         x = picture.permute(2, 0, 1)[None].double() / 255
         for quality in qualities:
             model(x, torch.tensor([float(quality)]))
-    return peaks
+    for name in seen.moments:
+        seen.moments[name] /= rows[name]
+    return seen
 
 
-def lower(model: Lalic, peaks: dict[str, float] | None = None,
-          weight_bits: Callable[[str], int] = lambda name: 14) -> Builder:
-    """The program of a trained model. peaks: of `calibrate`. weight_bits: of a Linear, by its name."""
-    return _Lower(model, peaks or {}, weight_bits).build()
+def refused(config: Config) -> str:
+    """Why the normative networks of a configuration have no integer program, or ""."""
+    if config.style.bounds != "linic" or not config.variable_rate or config.linear_scale:
+        return "its networks do not keep the bounds that integers need (style.bounds)"
+    if config.context.channel in ("conv", "conv-plus") or config.context.aggregation == "conv":
+        return "an ablation of the entropy model"
+    return "" if config.style.scan == "row" else "a scan that only ablations have"
+
+
+def can_lower(config: Config) -> bool:
+    return not refused(config)
+
+
+def lower(model: Lalic, seen: Seen | None = None, weight_bits: Callable[[str], int] | None = None) -> Builder:
+    """The program of a trained model. seen: of `calibrate`; without it units are coarser and weights have 14 bits.
+    weight_bits: of a Linear, by its name."""
+    return _Lower(model, seen or Seen(), weight_bits or (lambda name: 8 if seen else 14)).build()
 
 
 class _Lower:
-    def __init__(self, model: Lalic, peaks: dict[str, float], weight_bits: Callable[[str], int]):
+    def __init__(self, model: Lalic, seen: Seen, weight_bits: Callable[[str], int]):
         c = model.config
-        if c.style.bounds != "linic" or not c.variable_rate or c.linear_scale:
-            raise WeightsError(f"{c.name}: its networks keep no bounds that integers need (style.bounds)")
-        if c.context.channel in ("conv", "conv-plus") or c.context.aggregation == "conv" or c.style.scan != "row":
-            raise WeightsError(f"{c.name}: an ablation of the entropy model or of the scan has no integer program")
-        self.model, self.config, self.peaks, self.weight_bits = model, c, peaks, weight_bits
-        self.b = Builder(c.scales)
+        if reason := refused(c):
+            raise WeightsError(f"{c.name}: {reason}")
+        self.model, self.config, self.seen, self.weight_bits = model, c, seen, weight_bits
+        self.b = Builder()
         self.names = {id(module): name for name, module in model.named_modules()}
 
     def build(self) -> Builder:
@@ -121,7 +146,7 @@ class _Lower:
         return (self.config.scales - 1) / (LN_SCALE_MAX - LN_SCALE_MIN)
 
     def peak(self, module: nn.Module, suffix: str = "") -> float:
-        return self.peaks.get(self.names[id(module)] + suffix, UNSEEN)
+        return self.seen.peaks.get(self.names[id(module)] + suffix, UNSEEN)
 
     def linear(self, x: str, module: Any, bits: int, limit: int, low: int | None = None, weight: Floats | None = None,
                name: str | None = None, bias: bool = True) -> str:
@@ -130,7 +155,14 @@ class _Lower:
         weight = module.weight.double().detach().numpy() if weight is None else weight
         offset = module.bias.double().detach().numpy() if bias and module.bias is not None else None
         part = (len(weight), 2.0**bits, -limit if low is None else low, limit)
-        return self.b.linear(x, name, weight, offset, [part], self.weight_bits(name))
+        return self.rounded(x, name, weight, offset, [part])
+
+    def rounded(self, x: str, name: str, weight: Floats, bias: Floats | None,
+                parts: Sequence[tuple[int, float, int, int]]) -> str:
+        bits, moments = self.weight_bits(name), self.seen.moments.get(name)
+        if moments is not None and moments.shape[0] != weight.shape[1]:
+            moments = None      # a part of a Linear's columns
+        return self.b.linear(x, name, weight, bias, parts, bits, moments if bits == 8 else None)
 
     def residual(self, x: nn.Module, channels: int) -> tuple[int, int]:
         """Unit and clamp of a residual stream: 2^-9 and +-64 wherever the sums of Norm allow it."""
@@ -159,8 +191,7 @@ class _Lower:
         return self.up(x, net.head, FEATURE_BITS, ACTIVATION)
 
     def stage(self, x: str, stage: Stage, name: str) -> str:
-        channels = stage.row.weight.shape[1] if stage.row is not None else stage.blocks[0].channel.norm.normalized_shape[0]  # type: ignore[union-attr,index]
-        bits, limit = self.residual(stage, channels)
+        bits, limit = self.residual(stage, stage.width)
         x = self.row(self.up(x, stage.resample, bits, limit), stage.row, f"{name}.row", limit)
         for block in stage.blocks:
             x = self.block(x, block, limit)
@@ -172,7 +203,8 @@ class _Lower:
         if up.linear:
             x = self.linear(x, up.proj, bits, limit)
         else:
-            weight = up.proj.weight.double().detach().numpy()       # (I, O, k, k), transposed convolution
+            conv: Any = up.proj
+            weight = conv.weight.double().detach().numpy()          # (I, O, k, k), transposed
             pad, offsets, phases = weight.shape[2] // 2, [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], range(f)
             if f > 2:
                 raise WeightsError(f"{name}: transposed convolutions of factor 2 can be lowered, not {f}")
@@ -186,9 +218,8 @@ class _Lower:
                             taps[a, c, :, n] = weight[:, :, ky, kx].T
             x = self.b.simple("patches", x, f"{name}.patches", [v for o in offsets for v in o])
             rows = f * f * weight.shape[1]
-            bias = np.tile(up.proj.bias.double().detach().numpy(), f * f)   # type: ignore[union-attr,operator]
-            x = self.b.linear(x, f"{name}.conv", taps.reshape(rows, -1), bias, [(rows, 2.0**bits, -limit, limit)],
-                              self.weight_bits(name))
+            bias = np.tile(conv.bias.double().detach().numpy(), f * f)
+            x = self.rounded(x, f"{name}.conv", taps.reshape(rows, -1), bias, [(rows, 2.0**bits, -limit, limit)])
         return self.b.simple("shuffle", x, f"{name}.shuffle", [f]) if f > 1 else x
 
     def block(self, x: str, block: Any, limit: int) -> str:
@@ -216,8 +247,7 @@ class _Lower:
         octave = 1024 / math.log(2)
         parts = [(c, octave, -round(4.8 * octave), round(4.8 * octave))] if key else []
         parts += [(c, 2.0**FEATURE_BITS, -ACTIVATION, ACTIVATION), (c, 2.0**GATE_BITS, -2048, 2047)]
-        kvr = b.linear(s, self.names[id(mix.kvr)], mix.kvr.weight.double().detach().numpy(), None, parts,
-                       self.weight_bits(self.names[id(mix.kvr)]))
+        kvr = self.rounded(s, self.names[id(mix.kvr)], mix.kvr.weight.double().detach().numpy(), None, parts)
         at = c * (len(parts) - 2)
         v = b.slice(kvr, f"{name}.v", at, at + c, FEATURE_BITS)
         r = b.slice(kvr, f"{name}.r", at + c, at + 2 * c, GATE_BITS)
@@ -233,8 +263,7 @@ class _Lower:
         s = self.normed(x, mix, getattr(mix, "shift", None))
         bits = fit(min(self.peak(mix.kr, "+"), 16.0 / 1.25), 12)
         parts = [(hidden, 2.0**bits, 0, min(ACTIVATION, 16 << bits)), (c, 2.0**GATE_BITS, -2048, 2047)]
-        kr = b.linear(s, self.names[id(mix.kr)], mix.kr.weight.double().detach().numpy(), None, parts,
-                      self.weight_bits(self.names[id(mix.kr)]))
+        kr = self.rounded(s, self.names[id(mix.kr)], mix.kr.weight.double().detach().numpy(), None, parts)
         k = b.slice(kr, f"{name}.k", 0, hidden, bits)
         r = b.slice(kr, f"{name}.r", hidden, hidden + c, GATE_BITS)
         y = self.linear(b.square(k, f"{name}.square"), mix.out, b.bits[x], limit)
@@ -298,8 +327,8 @@ class _Lower:
             width, scale = aggregate.scale.out_features, aggregate.scale
             limit = math.ceil(32 * per_ln) << INDEX_BITS
             part = (width, per_ln * 2.0**INDEX_BITS, -limit, limit)
-            index = b.linear(x, self.names[id(scale)], scale.weight.double().detach().numpy(),
-                             scale.bias.double().detach().numpy(), [part], self.weight_bits(self.names[id(scale)]))
+            index = self.rounded(x, self.names[id(scale)], scale.weight.double().detach().numpy(),
+                                 scale.bias.double().detach().numpy(), [part])
             b.bits[index] = INDEX_BITS
             return mean, index
         assert isinstance(aggregate, MixAggregation)
@@ -319,7 +348,7 @@ class _Lower:
                 x = b.change_unit(x, f"{name}.in{i}", fit(self.peak(layers[i - 1]), RESIDUAL_BITS))
                 x = self.linear(x, layer.first, bits, limit)
             x = self.channel_mix(x, layer, limit)
-        scale = b.slice(x, f"{name}.scale", 0, g, b.bits[x])
-        index = b.rescale(scale, f"{name}.ln", np.full((1, g), per_ln), np.zeros((1, g)), INDEX_BITS,
+        ln = b.slice(x, f"{name}.scale", 0, g, b.bits[x])
+        index = b.rescale(ln, f"{name}.ln", np.full((1, g), per_ln), np.zeros((1, g)), INDEX_BITS,
                           math.ceil(32 * per_ln) << INDEX_BITS)
         return b.slice(x, f"{name}.means", g, 2 * g, b.bits[x]), index

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         "versions": {name: version_of(name) for name in PACKAGES},
         "backends": asked(backends),
         "models": asked(models),
+        "exact": asked(lambda: exact(args.model)),
         "round trip": asked(lambda: round_trip(args.model, args.device)),
     }
     good = not any(isinstance(v, dict) and "error" in v for v in facts.values())
@@ -70,6 +71,45 @@ def backends() -> dict[str, Any]:
 def models() -> dict[str, Any]:
     from linic import weights
     return {m["name"]: m.get("error", m["path"]) for m in weights.available()}
+
+
+def exact(model: str) -> dict[str, Any]:
+    """The model's known answer by NumPy and by every carrier on every device, and which carrier runs."""
+    import os
+
+    from linic import weights
+    from linic.entropy import carriers
+    from linic.entropy.program import Numpy, known_answer
+    program, tables, digest = weights.load_program(model)
+    wanted = weights.read_card(weights.find(model))["known_answer"]
+    found: dict[str, Any] = {"digest": digest.hex(), "numpy": verdict(known_answer(program, tables, Numpy(program)), wanted)}
+    import torch
+
+    from linic.entropy.fast import Torch
+    before = os.environ.pop("LINIC_CARRIER", None)
+    try:
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            chosen = Torch(program, device)
+            for name in carriers.CARRIERS:
+                os.environ["LINIC_CARRIER"] = name
+                try:
+                    answer = verdict(known_answer(program, tables, Torch(program, device)), wanted)
+                except LinicError as error:
+                    answer = f"not here ({error})"
+                found[f"{device} {name}"] = answer
+            os.environ.pop("LINIC_CARRIER")
+            found[f"{device} runs"] = "; ".join(f"{bits}-bit weights: {name} ({why})"
+                                                for bits, (name, why) in chosen.carriers.items())
+    finally:
+        if before is not None:
+            os.environ["LINIC_CARRIER"] = before
+    if wrong := [k for k, v in found.items() if v == "WRONG"]:
+        raise LinicError(f"another answer than the model's own from {', '.join(wrong)}: do not trust files made here")
+    return found
+
+
+def verdict(answer: str, wanted: str) -> str:
+    return "equal" if answer == wanted else "WRONG"
 
 
 def round_trip(model: str, device: str) -> dict[str, Any]:
