@@ -106,7 +106,8 @@ def cell(args: argparse.Namespace) -> None:
         if hashlib.sha256(y_hat.astype("<i4").tobytes()).hexdigest() != prepared["digests"][name]:
             wrong.append(f"{name}: other latents")
         count += 1
-    print(json.dumps({"files": count, "wrong": wrong, "ran": chosen, "seconds": round(time.perf_counter() - started, 1)}))
+    seconds = round(time.perf_counter() - started, 1)
+    print(json.dumps({"files": count, "wrong": wrong, "ran": chosen, "seconds": seconds}))
 
 
 class Silent:

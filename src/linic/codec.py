@@ -118,7 +118,6 @@ class Codec:
 
     def encode(self, image: "Image.Image", quality: int) -> bytes:
         import numpy as np
-        import torch
 
         from linic import picture
         from linic.entropy.walk import walk

@@ -142,14 +142,14 @@ def asked() -> str | None:
     return name
 
 
-def choose(device: str, bits: int, shapes: Iterable[tuple[int, int]]) -> tuple[str, str]:
+def choose(device: str, bits: int, shapes: Iterable[tuple[int, int]], wanted: str | None = None) -> tuple[str, str]:
     """-> carrier and why. Raises BackendMissing when none is exact here."""
     known = tuple(sorted(set(shapes)))
     reasons: list[str] = []
-    wanted = asked()
+    wanted = wanted or asked()
     for name in [wanted] if wanted else PREFERRED.get((device, bits), ("f64", "i64")):
         problem = self_test(name, device, bits, known)
         if not problem:
-            return name, "LINIC_CARRIER" if wanted else "; ".join([*reasons, f"{name} passed its self-test"])
+            return name, "asked for" if wanted else "; ".join([*reasons, f"{name} passed its self-test"])
         reasons.append(f"{name}: {problem}")
     raise BackendMissing(f"no exact integer arithmetic on {device}: {'; '.join(reasons)}. Use another device")

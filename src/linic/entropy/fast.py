@@ -18,10 +18,11 @@ from linic.entropy.program import Program
 
 
 class Torch:
-    """A program made ready on a device. `carriers`: which one each weight width got, and why."""
+    """A program made ready on a device. carrier: one of carriers.CARRIERS instead of the best. `carriers`: which one
+    each weight width got, and why."""
 
-    def __init__(self, program: Program, device: str | torch.device = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, program: Program, device: str | torch.device = "cpu", carrier: str | None = None):
+        self.device, self._asked = torch.device(device), carrier
         self.program = program
         self.tensors = {name: torch.from_numpy(np.ascontiguousarray(t)).to(self.device)
                         for name, t in program.tensors.items()}
@@ -39,7 +40,7 @@ class Torch:
         for bits, ops in by_width.items():
             shapes = {tuple(self.tensors[op.tensors[0]].shape) for op in ops}
             largest = sorted(shapes, key=lambda s: s[0] * s[1])[-3:]        # few, and the worst: 50 ms in all
-            self.carriers[bits] = carriers.choose(self.device.type, bits, largest)      # type: ignore[arg-type]
+            self.carriers[bits] = carriers.choose(self.device.type, bits, largest, self._asked)      # type: ignore[arg-type]
         made: dict[tuple[str, str], carriers.Product] = {}
         for op in linears:
             name = self.carriers[self._bits(op)][0]
@@ -100,10 +101,7 @@ class Torch:
         c, t = x.shape[3], x.double()
         total = t.sum(3, keepdim=True)
         d = (t.square().sum(3, keepdim=True) * c - total.square() + 1) * 64
-        root = d.sqrt().floor()
-        root -= (root * root > d).double()
-        root += ((root + 1).square() <= d).double()
-        inverse = torch.floor(2.0**40 / root)
+        inverse = torch.floor(2.0**40 / isqrt(d))
         y = t.mul_(c).sub_(total).mul_(inverse).add_(2.0**27).mul_(2.0**-28).floor_()
         return y.clamp_(-8191, 8191).int()
 
@@ -227,6 +225,14 @@ class Torch:
         if key not in self._ready:
             self._ready[key] = (self.tensors[name].to(dtype),)      # type: ignore[index]
         return self._ready[key][0]      # type: ignore[index]
+
+
+def isqrt(d: Tensor) -> Tensor:
+    """floor(sqrt(d)) of float64 integers below 2^53; see operators.isqrt."""
+    root = d.sqrt().floor()
+    root -= (root * root > d).double()
+    root += ((root + 1).square() <= d).double()
+    return root
 
 
 _: Callable[..., Any] = Torch      # a Backend (program.py)

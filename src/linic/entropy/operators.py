@@ -179,10 +179,15 @@ class Norm(Operator):
         c = x.shape[3]
         total = x.sum(3, keepdims=True)
         d = 64 * (c * (x * x).sum(3, keepdims=True) - total * total + 1)
-        root = np.sqrt(d.astype(np.float64)).astype(np.int64)
-        root -= root * root > d         # correctly rounded it is right already; this frees it from the hardware
-        root += (root + 1) * (root + 1) <= d
-        return np.clip(((c * x - total) * ((1 << 40) // root) + (1 << 27)) >> 28, -8191, 8191)
+        return np.clip(((c * x - total) * ((1 << 40) // isqrt(d)) + (1 << 27)) >> 28, -8191, 8191)
+
+
+def isqrt(d: Ints) -> Ints:
+    """floor(sqrt(d)), d below 2^53."""
+    root = np.sqrt(d.astype(np.float64)).astype(np.int64)
+    root -= root * root > d         # correctly rounded it is right already; this frees it from the hardware
+    root += (root + 1) * (root + 1) <= d
+    return root
 
 
 class Square(Operator):

@@ -52,8 +52,8 @@ class Weights:
 
 
 def folders() -> list[Path]:
-    """Where weight files are looked for: LINIC_MODELS (a path list) first, then what `add` has brought, then the shipped
-    ones."""
+    """Where weight files are looked for: LINIC_MODELS (a path list) first, then what `add` has brought, then the
+    shipped ones."""
     named = [Path(p) for p in os.environ.get("LINIC_MODELS", "").split(os.pathsep) if p]
     return [*named, own_folder(), SHIPPED]
 

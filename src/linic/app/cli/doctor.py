@@ -75,34 +75,25 @@ def models() -> dict[str, Any]:
 
 def exact(model: str) -> dict[str, Any]:
     """The model's known answer by NumPy and by every carrier on every device, and which carrier runs."""
-    import os
-
     from linic import weights
     from linic.entropy import carriers
     from linic.entropy.program import Numpy, known_answer
     program, tables, digest = weights.load_program(model)
     wanted = weights.read_card(weights.find(model))["known_answer"]
-    found: dict[str, Any] = {"digest": digest.hex(), "numpy": verdict(known_answer(program, tables, Numpy(program)), wanted)}
+    found: dict[str, Any] = {"digest": digest.hex()}
+    found["numpy"] = verdict(known_answer(program, tables, Numpy(program)), wanted)
     import torch
 
     from linic.entropy.fast import Torch
-    before = os.environ.pop("LINIC_CARRIER", None)
-    try:
-        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-            chosen = Torch(program, device)
-            for name in carriers.CARRIERS:
-                os.environ["LINIC_CARRIER"] = name
-                try:
-                    answer = verdict(known_answer(program, tables, Torch(program, device)), wanted)
-                except LinicError as error:
-                    answer = f"not here ({error})"
-                found[f"{device} {name}"] = answer
-            os.environ.pop("LINIC_CARRIER")
-            found[f"{device} runs"] = "; ".join(f"{bits}-bit weights: {name} ({why})"
-                                                for bits, (name, why) in chosen.carriers.items())
-    finally:
-        if before is not None:
-            os.environ["LINIC_CARRIER"] = before
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for name in carriers.CARRIERS:
+            try:
+                answer = verdict(known_answer(program, tables, Torch(program, device, name)), wanted)
+            except LinicError as error:
+                answer = f"not here ({error})"
+            found[f"{device} {name}"] = answer
+        found[f"{device} runs"] = "; ".join(f"{bits}-bit weights: {name} ({why})"
+                                            for bits, (name, why) in Torch(program, device).carriers.items())
     if wrong := [k for k, v in found.items() if v == "WRONG"]:
         raise LinicError(f"another answer than the model's own from {', '.join(wrong)}: do not trust files made here")
     return found

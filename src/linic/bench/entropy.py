@@ -1,0 +1,123 @@
+"""What integers cost and gain: rate and time of a model's normative program beside its float networks, in one run.
+
+Rates are those of the frequency tables (no header, no termination), times the best of several walks over one picture
+without a range coder. The float networks are the weight file's own, dequantised; `float_weights`, a checkpoint, puts
+the networks as they were trained in their place, so that the rounding of weights counts as well.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from linic.entropy.fast import Torch
+from linic.entropy.operators import Ints
+from linic.entropy.program import Program, plan
+from linic.entropy.walk import walk
+from linic.errors import BackendMissing, UsageError
+
+QUALITIES = (0, 25, 50, 75, 100)
+
+
+class Counter:
+    """A coder that writes nothing and counts bits."""
+
+    def __init__(self, tables: Any):
+        self.tables, self.bits = tables, 0.0
+        self.starts = np.concatenate([[0], np.cumsum(tables.lengths)])[:-1]
+        self.costs = 24 - np.log2(tables.freqs.astype(np.float64))
+
+    def code(self, index: Ints, symbols: Ints | None) -> Ints:
+        assert symbols is not None
+        entry, escape = symbols - self.tables.lows[index], self.tables.lengths[index] - 1
+        outside = (entry < 0) | (entry >= escape)
+        self.bits += float(self.costs[self.starts[index] + np.where(outside, escape, entry)].sum())
+        return symbols
+
+
+class Silent:
+    def code(self, index: Ints, symbols: Ints | None) -> Ints:
+        assert symbols is not None
+        return symbols
+
+
+def run(pictures: Sequence[Path], model: str = "lalic-xs", float_weights: str | None = None, repeats: int = 5,
+        carriers: Sequence[str] = ("int8", "f64", "f32", "i64")) -> dict[str, Any]:
+    """-> {"rate": [{quality, float, integer, percent}], "ms": {name: milliseconds of the first picture at quality 50}}.
+    Raises UsageError, ModelMissing, WeightsError."""
+    from linic import codec, picture, weights
+
+    loaded = weights.load(model)
+    if loaded.program is None:
+        raise UsageError(f"{model} has no integer program to measure")
+    ready = codec.Codec(str(weights.find(model)), "cpu")
+    program, tables = Torch(loaded.program), loaded.tables
+    floats = loaded.model.eval()
+    if float_weights:
+        floats.load_state_dict(load_file(float_weights))
+    double = copy.deepcopy(floats)
+    for net in double.normative():
+        net.double()
+    rate = {q: [0.0, 0.0] for q in QUALITIES}
+    ms: dict[str, float] = {}
+    with torch.inference_mode():
+        for number, path in enumerate(pictures):
+            with Image.open(path) as image:
+                pixels = picture.pad(picture.to_array(image.convert("RGB")), ready.model.config.multiple)
+            for quality in QUALITIES:
+                z, y_q8 = ready.latents(pixels, quality)
+                size = z.shape[0], z.shape[1]
+                level = double.level(torch.tensor([float(quality)], dtype=torch.float64), torch.zeros(1).double())
+                counts = Counter(tables), Counter(tables)
+                walk(double.plan(level, size, z, y_q8), counts[0])
+                walk(plan(loaded.program, program, quality, size, z, y_q8), counts[1])
+                for i, counter in enumerate(counts):
+                    rate[quality][i] += counter.bits
+                if number == 0 and quality == 50:
+                    ms = _times(loaded.program, double, floats, (level, size, z, y_q8), carriers, repeats)
+    return {"model": model, "pictures": len(pictures), "float": float_weights or "dequantised", "ms": ms,
+            "threads": torch.get_num_threads(),
+            "rate": [{"quality": q, "float_bits": a, "integer_bits": b, "percent": 100 * (b / a - 1)}
+                     for q, (a, b) in rate.items()]}
+
+
+def _times(program: Program, double: Any, single: Any, latents: tuple[Any, ...], carriers: Sequence[str],
+           repeats: int) -> dict[str, float]:
+    """Milliseconds of each way, the best of `repeats`; interleaved, so that a busy moment hits all."""
+    level, size, z, y_q8 = latents
+
+    def integers(carrier: str) -> Callable[[], Any]:
+        made = Torch(program, carrier=carrier)
+        return lambda: walk(plan(program, made, 50, size, z, y_q8), Silent())
+
+    ways: dict[str, Callable[[], Any]] = {
+        "float64": lambda: walk(double.plan(level, size, z, y_q8), Silent()),
+        "float32": lambda: walk(single.plan(level.float(), size, z, y_q8), Silent())}
+    for name in carriers:
+        with suppress(BackendMissing):
+            ways[f"integers, {name}"] = integers(name)
+    best = dict.fromkeys(ways, math.inf)
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            best[name] = min(best[name], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    base = result["ms"]["float32"]
+    rows = ["| entropy networks | ms | of float32 |", "|---|---|---|"]
+    rows += [f"| {name} | {ms:.1f} | {ms / base:.2f} |" for name, ms in result["ms"].items()]
+    rows += ["", "| quality | rate of integers against float |", "|---|---|"]
+    rows += [f"| {r['quality']} | {r['percent']:+.3f} % |" for r in result["rate"]]
+    return "\n".join(rows)
