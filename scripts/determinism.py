@@ -2,7 +2,8 @@
 
     python scripts/determinism.py prepare --pictures FOLDER --out WORK       files and latents, once
     python scripts/determinism.py run --out WORK [--only TEXT]               every cell in a process of its own
-    python scripts/determinism.py cell --out WORK [--carrier NAME ...]       one cell, in this process, this environment
+    python scripts/determinism.py cell --out WORK [--threads N ...]          one cell, in this process, this environment
+    python scripts/determinism.py pixels --out WORK                          how far the pixels differ, by float settings
 
 A cell decodes every file's latents, codes the stored latents again, and compares both with what was prepared. Files of
 another machine (copy WORK over) make the cells across machines.
@@ -26,7 +27,10 @@ X86 = "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AV
 # name -> (environment, arguments of `cell`)
 CELLS: dict[str, tuple[dict[str, str], list[str]]] = {
     **{f"{c}, {t} thread{'s' * (t > 1)}": ({"LINIC_CARRIER": c}, ["--threads", str(t)])
-       for c in ("int8", "f32", "f64", "i64") for t in (1, 2, 4)},
+       for c in ("native", "int8", "f32", "f64", "i64") for t in (1, 2, 4)},
+    **{f"native, batch {b}": ({"LINIC_CARRIER": "native"}, ["--batch", str(b)]) for b in (3, 8)},
+    **{f"native, {isa}, {t} thread{'s' * (t > 1)}": ({"LINIC_CARRIER": "native", "LINIC_ISA": isa}, ["--threads", str(t)])
+       for isa in ("avx512vnni", "avx512", "avx2", "baseline") for t in (1, 4)},
     **{f"int8, batch {b}": ({"LINIC_CARRIER": "int8"}, ["--batch", str(b)]) for b in (3, 8)},
     **{f"f64, batch {b}": ({"LINIC_CARRIER": "f64"}, ["--batch", str(b)]) for b in (3, 8)},
     **{f"{c}, ATen {isa}": ({"LINIC_CARRIER": c, "ATEN_CPU_CAPABILITY": isa}, [])
@@ -110,6 +114,40 @@ def cell(args: argparse.Namespace) -> None:
     print(json.dumps({"files": count, "wrong": wrong, "ran": chosen, "seconds": seconds}))
 
 
+# name -> environment; the first one is what the others are compared with
+PIXELS = {
+    "float32": {"LINIC_BF16": "0"},
+    "float32, no native kernels": {"LINIC_BF16": "0", "LINIC_NO_NATIVE": "1"},
+    "float32, ATen default, oneDNN SSE41": {"LINIC_BF16": "0", "ATEN_CPU_CAPABILITY": "default",
+                                            "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "bf16": {"LINIC_BF16": "1"},
+}
+
+
+def pixels(args: argparse.Namespace) -> None:
+    """Each setting decodes every file in a process of its own; differences in levels of 255."""
+    files = sorted(args.out.glob("*.linic"))
+    if args.into:
+        import linic
+        shown = [np.asarray(linic.decode(f.read_bytes(), device=args.device)) for f in files]
+        np.savez(args.into, *shown)
+        return
+    first: list[np.ndarray] = []
+    print("| setting | pictures | equal samples | largest difference | PSNR against the first, dB |\n|---|---|---|---|---|")
+    for name, environment in PIXELS.items():
+        into = args.out / "pixels.npz"
+        subprocess.run([sys.executable, __file__, "pixels", "--out", str(args.out), "--into", str(into)],
+                       env={**os.environ, **environment}, check=True)
+        with np.load(into) as stored:
+            shown = [stored[k].astype(np.int16) for k in stored.files]
+        into.unlink()
+        first = first or shown
+        error = np.concatenate([(a - b).ravel() for a, b in zip(shown, first)])
+        mse = float(np.square(error, dtype=np.float64).mean())
+        psnr = "" if mse == 0 else f"{10 * np.log10(65025 / mse):.1f}"
+        print(f"| {name} | {len(files)} | {100 * (error == 0).mean():.3f} % | {np.abs(error).max()} | {psnr} |", flush=True)
+
+
 class Silent:
     """A coder of nothing: the symbols that were wanted."""
 
@@ -143,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     sub = parser.add_subparsers(required=True)
-    for name, do in (("prepare", prepare), ("run", run), ("cell", cell)):
+    for name, do in (("prepare", prepare), ("run", run), ("cell", cell), ("pixels", pixels)):
         command = sub.add_parser(name)
         command.set_defaults(do=do)
         command.add_argument("--out", type=Path, required=True)
@@ -153,6 +191,9 @@ def main() -> None:
         if do is run:
             command.add_argument("--only", default="", help="cells whose name has this in it")
             command.add_argument("--again", action="store_true", help="also those that were run before")
+        if do is pixels:
+            command.add_argument("--into", type=Path, help="decode here, write the pixels to this file, and stop")
+            command.add_argument("--device", default="cpu")
         if do is cell:
             command.add_argument("--threads", type=int, default=1)
             command.add_argument("--batch", type=int, default=1)

@@ -179,8 +179,8 @@ def check(args: Any) -> int:
         ladder.use_backends(dict.fromkeys(ladder.OPERATORS, "torch"), args.device)
     try:
         optimiser = torch.optim.AdamW(model.parameters(), r.optimiser.lr, r.optimiser.betas, fused=True)
-        step = speed.Step(model, optimiser, r.optimiser.clip, r.loss.exponent)
-        side = model.config.multiple
+        step = speed.Step(model, optimiser, r.optimiser.clip, r.loss)
+        side = r.phases[0].crop
         x = torch.rand(1, side, side, 3, device=device).permute(0, 3, 1, 2)
         loss = float(step(x, torch.full((1,), 50.0, device=device), 0.0)[0])
     except Exception:

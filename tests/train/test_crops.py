@@ -10,7 +10,7 @@ from train_helpers import card, encoded, picture, write_tar
 
 from linic.errors import UsageError
 from linic.train import data
-from linic.train.recipe import Colour, Data, Pool
+from linic.train.recipe import Colour, Data, Noise, Pool
 
 PLAIN = Data((Pool(1.0, 1.0),), 0.0)
 
@@ -28,7 +28,8 @@ def test_pictures_come_from_a_folder_and_the_folders_below_in_four_formats(tmp_p
     library = data.Library(tmp_path / "in", tmp_path / "cache")
     assert names(library) == ["a.avif", "a.jpeg", "a.png", "a.webp"]
     for p in library.pictures:
-        assert p.pixels.shape == (96, 128, 3) and p.pixels.dtype == torch.uint8
+        assert p.pixels.shape == ((40, 54, 3) if "jpeg" in p.entry.name else (96, 128, 3))      # JPEG quality 75
+        assert p.pixels.dtype == torch.uint8
         if p.entry.name.endswith("png"):
             assert np.array_equal(p.pixels.numpy(), picture(0))
 
@@ -81,7 +82,7 @@ def test_pictures_are_decoded_once_and_again_when_a_file_changes(pictures, tmp_p
 
 
 def test_decoding_that_was_interrupted_leaves_no_cache_that_looks_whole(pictures, tmp_path, monkeypatch):
-    def interrupted(file):
+    def interrupted(file, clean=False):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
@@ -143,6 +144,24 @@ def test_a_resized_recompressed_picture_is_recognised_and_others_are_not(picture
     data.refuse_duplicates(pictures, library.pictures, known[1:])
 
 
+@pytest.mark.parametrize("quality, scale", [(100, 0.82), (95, 0.82), (94, 0.68), (87, 0.6), (82, 0.52), (75, 0.42),
+                                            (60, 0.33), (5, 0.33)])
+def test_a_jpeg_shrinks_by_its_quality_so_that_its_artefacts_vanish(tmp_path, quality, scale):
+    Image.fromarray(picture(1, 100, 200)).save(tmp_path / "a.jpg", quality=quality)
+    assert data.read_picture(tmp_path / "a.jpg", clean=True).shape == (round(100 * scale), round(200 * scale), 3)
+    assert data.read_picture(tmp_path / "a.jpg").shape == (100, 200, 3)
+    (tmp_path / "b.png").write_bytes(encoded(picture(1, 100, 200)))
+    assert data.read_picture(tmp_path / "b.png", clean=True).shape == (100, 200, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "c.jpg", quality=quality)
+    blocks = data.read_picture(tmp_path / "c.jpg").astype(float)
+    small = data.read_picture(tmp_path / "c.jpg", clean=True).astype(float)
+    at_edges, inside = (np.abs(np.diff(blocks, axis=1))[:, i::8].mean() for i in (7, 3))
+    steps = np.abs(np.diff(small, axis=1)).mean((0, 2))
+    if quality == 5:
+        assert at_edges > 1.1 * inside and small.std() < blocks.std() and steps.max() < 3 * steps.min()
+
+
 def test_report_pictures_are_known_by_their_hash(tmp_path):
     bits = np.unpackbits(np.array([data.REPORT[0]], ">u8").view(np.uint8)).reshape(8, 8).astype(int)
     rows = np.concatenate([np.zeros((8, 1), int), np.cumsum(2 * bits - 1, 1)], 1) * 12 + 128
@@ -172,7 +191,8 @@ def crops_of(folder, tmp_path, pools=PLAIN, seed=0):
     PLAIN,
     Data((Pool(1.0, 0.35), Pool(0.7, 0.35), Pool(0.5, 0.2), Pool(1.2, 0.1)), 0.2),
     Data((Pool(1.2, 1.0),), 0.5, colour=Colour(0.5, (0.8, 1.25), (0.85, 1.15))),
-], ids=["plain", "pools", "colour"])
+    Data((Pool(1.0, 1.0),), 0.0, permute=0.5, noise=Noise(0.5, (0.5, 2.5))),
+], ids=["plain", "pools", "colour", "noise"])
 def test_crops_have_shape_and_range_and_a_seed(pictures, tmp_path, pools):
     a, b, c = (crops_of(pictures, tmp_path, pools, seed).batch(12, 64) for seed in (1, 1, 2))
     assert a.shape == (12, 64, 64, 3) and a.dtype == torch.float32 and a.is_contiguous()
@@ -189,10 +209,58 @@ def test_a_plain_crop_is_a_part_of_its_picture_mirrored_half_the_time(tmp_path):
     assert all(m or torch.equal(t, whole) for m, t in zip(mirrored, batch)) and 8 < sum(mirrored) < 32
 
 
+def one_picture(tmp_path, pixels):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(pixels))
+    return tmp_path / "in"
+
+
+def test_without_flips_a_plain_crop_is_its_picture(tmp_path):
+    folder = one_picture(tmp_path, picture(3, 64, 64))
+    whole = torch.from_numpy(picture(3, 64, 64)).float() / 255
+    batch = crops_of(folder, tmp_path, Data((Pool(1.0, 1.0),), 0.0, 0.0)).batch(9, 64)
+    assert all(torch.equal(t, whole) for t in batch)
+
+
+def test_channels_change_places_in_the_asked_share_and_every_order_comes(tmp_path):
+    folder = one_picture(tmp_path, np.tile(np.array([10, 100, 200], np.uint8), (64, 64, 1)))
+    batch = crops_of(folder, tmp_path, Data((Pool(1.0, 1.0),), 0.0, permute=0.5)).batch(3000, 16)
+    assert (batch == batch[:, :1, :1]).all()
+    orders = [tuple(int(v) for v in (255 * t[0, 0]).round()) for t in batch]
+    assert len(set(orders)) == 6
+    assert orders.count((10, 100, 200)) / 3000 == pytest.approx(1 - 0.5 * 5 / 6, abs=0.03)
+
+
+def test_noise_has_its_share_strength_and_pool_and_grows_with_the_value(tmp_path):
+    pixels = np.full((128, 128, 3), 64, np.uint8)
+    pixels[:, :, 1] = 192
+    folder = one_picture(tmp_path, pixels)
+    pools = (Pool(1.0, 0.5), Pool(0.5, 0.5))
+    noisy = crops_of(folder, tmp_path, Data(pools, 0.0, noise=Noise(0.5, (2.0, 2.0)))).batch(400, 64)
+    deviation = 255 * noisy.std((1, 2))
+    some = deviation[:, 0] > 0.1
+    assert some.float().mean() == pytest.approx(0.5, abs=0.08)
+    assert deviation[some].mean(0).tolist() == pytest.approx([2 * (v / 255) ** 0.5 for v in (64, 192, 64)], rel=0.05)
+    assert 255 * noisy[some].mean((0, 1, 2)) == pytest.approx([64, 192, 64], abs=0.05)
+    halves = crops_of(folder, tmp_path, Data(pools, 0.0, noise=Noise(1.0, (2.0, 2.0), (0.5,)))).batch(400, 64)
+    assert (halves.std((1, 2))[:, 0] > 1e-3).float().mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_windows_of_training_pictures_are_of_the_asked_sizes_and_stay_found(pictures, tmp_path):
+    library = data.Library(pictures, tmp_path / "cache")
+    windows = library.windows_like([(70, 100), (96, 128), (300, 60)], 0)
+    assert windows == library.windows_like([(70, 100), (96, 128), (300, 60)], 0)
+    assert len({w[0] for w in windows}) == 3
+    assert [tuple(library.window(w).shape) for w in windows] == [(70, 100, 3), (96, 128, 3), (96, 60, 3)]
+    assert library.window(("gone.png", 0, 0, 9, 9)) is None
+    assert len(library.windows_like([(64, 64)] * 9, 0)) == 4
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_crops_gathered_at_once_equal_those_cut_one_by_one(pictures, tmp_path, size):
     write_tar(pictures / "more.tar", {f"{i}.png": encoded(picture(i, 90 + i, 200)) for i in range(5)})
-    pools = Data((Pool(1.0, 0.3), Pool(0.7, 0.3), Pool(0.5, 0.2), Pool(1.2, 0.2)), 0.2)
+    pools = Data((Pool(1.0, 0.3), Pool(0.7, 0.3), Pool(0.5, 0.2), Pool(1.2, 0.2)), 0.2,
+                 colour=Colour(0.5, (0.8, 1.25), (0.85, 1.15)), permute=0.3, noise=Noise(0.5, (0.5, 2.5), (1.0, 0.7)))
     library = data.Library(pictures, tmp_path / "cache")
     one_by_one, at_once = (data.Crops(library, pools, 3, batched=b) for b in (False, True))
     for _ in range(3):

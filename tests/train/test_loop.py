@@ -157,6 +157,71 @@ def test_a_linear_schedule_keeps_the_trunk_from_before_the_decay(small, pictures
     assert [lr / 2e-3 for _, lr, _ in steps] == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
+def by_steps(recipe, count):
+    schedule = recipes.Schedule("steps", 0.0, milestones=(0.5, 0.75), steps=count)
+    return dataclasses.replace(recipe, schedule=schedule)
+
+
+def test_a_recipe_that_counts_steps_needs_no_budget_and_drops_its_rate(small, pictures, tmp_path, steps):
+    result = run(by_steps(small, 8), pictures, tmp_path / "run", looks=None)
+    assert (result["state"], result["step"], result["progress"], result["budget_s"]) == ("done", 8, 1.0, None)
+    assert [p for p, *_ in steps] == [i / 8 for i in range(8)]
+    assert [lr / 2e-3 for _, lr, _ in steps] == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert checkpoint.load(tmp_path / "run" / "trunk.safetensors")[1]["step"] == 4
+    with pytest.raises(UsageError, match=r"a budget is needed \(--budget 60m\)"):
+        run(small, pictures, tmp_path / "other", looks=None)
+
+
+def test_a_run_by_steps_in_several_calls_equals_one(small, pictures, tmp_path, steps, capfd):
+    run(by_steps(small, 8), pictures, tmp_path / "whole", looks=None)
+    whole, steps[:] = list(steps), []
+    for state in ("stopped", "stopped", "done"):
+        assert run(by_steps(small, 8), pictures, tmp_path / "cut", looks=4, resume=True)["state"] == state
+    assert "the time is over at step 3 of 8: --resume goes on" in capfd.readouterr().err
+    assert steps == whole
+    (a, _), (b, _) = (checkpoint.load(tmp_path / x / "raw.safetensors") for x in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_gap_to_training_pictures_is_measured_from_the_first_evaluation_on(small, pictures, valid, tmp_path, capfd):
+    fast = dataclasses.replace(small, optimiser=dataclasses.replace(small.optimiser, lr=0.02))
+    result = run(fast, pictures, tmp_path / "run", looks=20, valid=valid)
+    rows = [e for e in result["evaluations"] if e["weights"] == "raw"]
+    assert len(rows) > 2 and rows[0]["gap"] == 0 and result["gap"] == rows[-1]["gap"] != 0
+    first, last = (r["score"] / r["seen_score"] for r in (rows[0], rows[-1]))
+    assert result["gap"] == pytest.approx(last / first - 1)
+    assert f"gap {100 * result['gap']:+.1f} %" in capfd.readouterr().err
+    assert not any("gap" in e for e in result["evaluations"] if e["weights"] == "ema")
+    seen = state_of(tmp_path / "run")[1]["seen"]
+    assert len(seen) == 2 and [w[3:] for w in seen] == [[70, 100], [70, 100]]
+
+
+def test_the_share_of_the_devices_arithmetic_is_reported(small, pictures, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(loop.flops, "of_pixel", lambda *_: 1e6)
+    monkeypatch.setattr(loop.flops, "peak", lambda device: 1e11)
+    result = run(small, pictures, tmp_path / "run", looks=4)
+    rate = result["last"]["crops_per_s"]
+    assert result["last"]["mfu"] == pytest.approx(1e6 * 64**2 * rate / 1e11)
+    assert f"MFU {100 * result['last']['mfu']:.0f} %" in capfd.readouterr().err
+    monkeypatch.setattr(loop.flops, "peak", lambda device: float("nan"))
+    assert run(small, pictures, tmp_path / "unknown", looks=4)["last"]["mfu"] is None
+    assert "MFU unknown" in capfd.readouterr().err
+
+
+def test_a_model_for_one_rate_and_one_for_every_rate_want_their_own_recipe(small, pictures, tmp_path):
+    one_rate = Tiny()
+    one_rate.config.variable_rate = False
+    with pytest.raises(RecipeError, match=r"lalic-xs is for one rate: it needs loss\.lambda instead of \[quality\]"):
+        run(small, pictures, tmp_path / "run", model=one_rate)
+    fixed = dataclasses.replace(small, quality=None, loss=recipes.Loss(lambda_=0.01))
+    with pytest.raises(RecipeError, match=r"lalic-xs is for every rate: it needs \[quality\] instead of loss\.lambda"):
+        run(fixed, pictures, tmp_path / "run")
+    assert run(fixed, pictures, tmp_path / "run", model=one_rate)["step"] == 12
+    similar = dataclasses.replace(small, loss=recipes.Loss(distortion="ms-ssim"))
+    with pytest.raises(RecipeError, match="crop 64 is too small for MS-SSIM: five scales need 176"):
+        run(similar, pictures, tmp_path / "other")
+
+
 def test_an_end_file_moves_the_end(small, pictures, tmp_path, steps):
     end = tmp_path / "end"
     clock = Clock({2: lambda: end.write_text("not yet a number"), 8: lambda: end.write_text("1020")})
@@ -294,20 +359,6 @@ def test_evaluation_pictures_may_not_train(small, pictures, valid, tmp_path):
 def test_a_crop_that_the_model_cannot_take_is_a_recipe_error(small, pictures, tmp_path):
     with pytest.raises(RecipeError, match="crop 72 is no multiple of 64"):
         run(dataclasses.replace(small, phases=(recipes.Phase(0.0, 72, 2),)), pictures, tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "recipes").glob("*.toml")))
-def test_every_recipe_trains_its_model_for_three_steps(name, pictures, valid, tmp_path, steps, monkeypatch):
-    monkeypatch.setattr(loop, "KLT_CROPS", 64)
-    recipe = recipes.load(ROOT / "recipes" / f"{name}.toml")
-    recipe = dataclasses.replace(recipe, phases=(recipes.Phase(0.0, 64, 2),),
-                                 evaluation=recipes.Evaluation(1, (10.0, 90.0)))
-    result = train(recipe, data=pictures, valid=valid, out=tmp_path / "run", budget_s=4, clock=Clock(), device="cpu",
-                   threads=1)
-    assert result["step"] == 3 and result["skipped"] == 0
-    assert all(numbers is not None and 0 < numbers[1] < 24 for _, _, numbers in steps)
-    low, high = result["evaluations"][0]["points"]
-    assert 0 < low["bpp"] < high["bpp"] and 10 < low["psnr"] < high["psnr"]
 
 
 def test_global_settings_of_torch_come_back(small, pictures, tmp_path):

@@ -29,20 +29,30 @@ def test_a_recipe_parses_and_its_first_lines_say_machine_time_result_and_command
 
 @pytest.mark.parametrize("old, new, message", [
     ("clip = 2.0", "clip = 2.0\nclipp = 1", "a.toml: unknown key optimiser.clipp. Did you mean optimiser.clip?"),
-    ("bf16 = true", "bf16 = true\nlr = 1", "a.toml: unknown key model.lr. Did you mean optimiser.lr?"),
+    ("[model]", "[model]\nlr = 1", "a.toml: unknown key model.lr. Did you mean optimiser.lr?"),
     ("crop = 128", "crop = 128\ncrops = 1", r"a.toml: unknown key phases\[0\].crops. Did you mean phases.crop?"),
     ("seed = 0", "seed = 0\nqwxz = 1", "a.toml: unknown key qwxz.$"),
     ("lr = 2e-3\n", "", "a.toml: key optimiser.lr is missing"),
     ("lr = 2e-3\n", 'lr = "2e-3"\n', "a.toml: optimiser.lr is '2e-3', expected a number"),
     ("lr = 2e-3\n", "lr = nan\n", "a.toml: optimiser.lr is nan, expected a number"),
     ("seed = 0", "seed = 0.5", "a.toml: seed is 0.5, expected a whole number"),
-    ("bf16 = true", "bf16 = 1", "a.toml: model.bf16 is 1, expected true or false"),
+    ("bf16 = ", "bf16 = true # ", "a.toml: model.bf16 is True, expected 'off' or 'free' or 'all'"),
     ("betas = [0.9, 0.98]", "betas = [0.9]", r"a.toml: optimiser.betas is \[0.9\], expected a list of 2 x a number"),
     ('shape = "cosine"', 'shape = "step"', "a.toml: schedule.shape is 'step', expected 'cosine' or 'linear'"),
     ('shape = "cosine"', 'shape = "linear"', "a.toml: schedule.decay belongs to a linear schedule"),
     ("start = 0.35", "start = 0.9", "a.toml: phases start at"),
     ("share = 0.35", "share = 0.45", "a.toml: the shares of data.pools must be 1 in sum"),
     ("range = [-4.0, 104.0]", "range = [104, -4]", r"a.toml: quality.range is \[104.0, -4.0\]: the smaller"),
+    ('shape = "cosine"', 'shape = "steps"', "a.toml: schedule.milestones belong to shape steps"),
+    ('shape = "cosine"', 'shape = "cosine"\nmilestones = [0.5]', "a.toml: schedule.milestones belong to shape steps"),
+    ('shape = "cosine"', 'shape = "cosine"\nsteps = 0', "a.toml: schedule: drop lies between 0 and 1, steps above 0"),
+    ("exponent = 0.35", "exponent = 0.35\nlambda = 0.01", "a.toml: one of .quality. and loss.lambda is needed"),
+    ("exponent = 0.35", 'distortion = "ssim"', "a.toml: loss.distortion is 'ssim', expected 'mse' or 'ms-ssim'"),
+    ("exponent = 0.35", "lamda = 0.01", "a.toml: unknown key loss.lamda. Did you mean loss.lambda?"),
+    ("transpose = 0.0", "transpose = 0.0\npermute = 2", "a.toml: data.permute is 2.0: a share, 0 to 1"),
+    ("transpose = 0.0", "transpose = 0.0\nnoise = {share = 0.5, sigma = [2, 1]}", r"a.toml: data.noise.sigma is \["),
+    ("transpose = 0.0", "transpose = 0.0\nnoise = {share = 0.5, sigma = [1.0, 2.0], pools = [0.9]}",
+     "a.toml: data.noise.pools must be scales of data.pools"),
     ("[model]", "[model", "a.toml: not TOML"),
 ])
 def test_a_wrong_recipe_names_file_and_key(old, new, message):
@@ -66,11 +76,33 @@ def test_a_recipe_that_cannot_be_read_is_a_recipe_error(tmp_path):
     (recipes.Schedule("cosine", 0.1), {0: 0.001, 0.05: 0.501 * 0.5 * (1 + math.cos(0.05 * math.pi)), 0.5: 0.5, 1: 0}),
     (recipes.Schedule("linear", 0.1, 0.3), {0: 0.001, 0.05: 0.501, 0.1: 1, 0.7: 1, 0.85: 0.5, 1: 0, 1.1: 0}),
     (recipes.Schedule("linear", 0.0, 1.0), {0: 1, 0.25: 0.75}),
-], ids=["cosine", "linear", "linear from the start"])
+    (recipes.Schedule("steps", 0.1, milestones=(0.5, 0.9)), {0: 0.001, 0.2: 1, 0.5: 0.1, 0.89: 0.1, 0.9: 0.01}),
+], ids=["cosine", "linear", "linear from the start", "steps"])
 def test_the_learning_rate_follows_progress(schedule, values):
     for progress, factor in values.items():
         assert schedule.factor(progress) == pytest.approx(factor, abs=1e-9), progress
-    assert schedule.decay_start == (math.inf if schedule.shape == "cosine" else pytest.approx(1 - schedule.decay))
+    start = {"cosine": math.inf, "linear": 1 - schedule.decay, "steps": 0.5}[schedule.shape]
+    assert schedule.decay_start == pytest.approx(start)
+
+
+def test_a_recipe_can_be_changed_by_dotted_key():
+    changes = dict(map(recipes.change, ("optimiser.lr=1e-3", "phases.2.crop = 512", "model.preset=lalic-s",
+                                        "data.noise={share = 0.2, sigma = [0.5, 2.5]}", "schedule.steps=1_000")))
+    r = recipes.parse(TEXT, "a.toml", changes)
+    assert (r.optimiser.lr, r.phases[2].crop, r.model.preset, r.schedule.steps) == (1e-3, 512, "lalic-s", 1000)
+    assert r.data.noise == recipes.Noise(0.2, (0.5, 2.5))
+    for changes, message in (({"loss.lamda": 1}, "unknown key loss.lamda"), ({"seed.x": 1}, "no place for seed.x"),
+                             ({"phases.9.crop": 64}, "no place for phases.9"), ({"seed": "x"}, "seed is 'x'")):
+        with pytest.raises(RecipeError, match=f"a.toml: {message}"):
+            recipes.parse(TEXT, "a.toml", changes)
+    with pytest.raises(RecipeError, match=r"--set seed: write KEY=VALUE"):
+        recipes.change("seed")
+
+
+def test_the_papers_recipe_takes_its_lambda_as_a_choice():
+    path = ROOT / "recipes" / "lalic-paper.toml"
+    assert recipes.load(path, {"loss.lambda": 0.0483}).loss == recipes.Loss(lambda_=0.0483)
+    assert [recipes.load(path).schedule.factor(p) for p in (0, 0.89, 0.9)] == pytest.approx([1, 1, 0.1])
 
 
 def test_phases_follow_progress():

@@ -17,7 +17,7 @@ from linic.train import ladder, recipe, speed
 def parts(model=None):
     model = (model or Tiny()).train()
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    return model, optimiser, 2.0, 0.35
+    return model, optimiser, 2.0, recipe.Loss(0.35)
 
 
 def batch(n=2):

@@ -47,7 +47,7 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.config = SimpleNamespace(multiple=64, init="klt")
+        self.config = SimpleNamespace(multiple=64, init="klt", variable_rate=True)
         self.down, self.up = nn.Conv2d(3, 8, 16, 16), nn.ConvTranspose2d(8, 3, 16, 16)
         self.ln_scale = nn.Parameter(torch.zeros(2, 8))
         self.register_buffer("started", torch.zeros(1))
@@ -64,7 +64,7 @@ class Tiny(nn.Module):
         y = self.down(x - 0.5) * torch.exp(quality / 50)[:, None, None, None]
         y_hat = y + (torch.round(y) - y).detach()
         seen = y + torch.rand_like(y) - 0.5 if self.training else y_hat
-        normal = torch.distributions.Normal(0.0, torch.exp(self.ln_scale[0])[None, :, None, None])
+        normal = torch.distributions.Normal(0.0, torch.exp(self.ln_scale[0])[None, :, None, None], validate_args=False)
         p = (normal.cdf(seen + 0.5) - normal.cdf(seen - 0.5)).clamp_min(1e-9)
         x_hat = self.up(y_hat / torch.exp(quality / 50)[:, None, None, None]) + 0.5
         return {"x_hat": x_hat, "likelihoods": {"y": p, "z": torch.sigmoid(self.ln_scale[1] + 3).expand(len(x), 8)}}

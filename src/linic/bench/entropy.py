@@ -50,7 +50,7 @@ class Silent:
 
 
 def run(pictures: Sequence[Path], model: str = "lalic-xs", float_weights: str | None = None, repeats: int = 5,
-        carriers: Sequence[str] = ("int8", "f64", "f32", "i64")) -> dict[str, Any]:
+        carriers: Sequence[str] = ("native", "int8", "f64", "f32", "i64")) -> dict[str, Any]:
     """-> {"rate": [{quality, float, integer, percent}], "ms": {name: milliseconds of the first picture at quality 50}}.
     Raises UsageError, ModelMissing, WeightsError."""
     from linic import codec, picture, weights

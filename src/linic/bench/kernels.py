@@ -9,18 +9,23 @@ run() -> one dict a row; table(rows) -> text. In: nothing but torch; it touches 
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from linic.kernels import biwkv, dwconv5
 from linic.kernels.biwkv import torch_form
-from linic.kernels.choice import ABSENT
+from linic.kernels.choice import ABSENT, unfused
+from linic.models.blocks import Block, Linear
+from linic.models.config import Style
 
 BIWKV_SHAPES = [(1, 1536, 192), (1, 6144, 128), (1, 6144, 192), (1, 24576, 64), (8, 256, 192), (8, 1024, 128)]
 DWCONV5_SHAPES = [(1, 64, 96, 128), (8, 16, 16, 128)]
+MIX_SHAPE = (4, 32, 32, 128)  # of blocks with operands in bf16, as in training
 # Tokens of a picture of 6 Mpixels at 1/8, 1/16 and 1/32 of its size, and for dwconv5 the same as rows and columns.
 CUDA_STAGES = [((256, 384), 96), ((128, 192), 144), ((64, 96), 256)]
 CUDA_BATCHES = (1, 8, 64)
@@ -77,7 +82,24 @@ def _cases() -> list[Case]:
         for name in backends:
             cases.append(("dwconv5", shape4, name, partial(dwconv5, backend=name), [x, weight]))
         cases.append(("dwconv5", shape4, "conv2d", _conv2d, [x, weight]))
+    block = Block(MIX_SHAPE[3], 2, Style(zero_init=False), pixels=8)
+    assert block.spatial is not None
+    for name, module in (("spatial", block.spatial), ("channel", block.channel)):
+        module.requires_grad_(False)
+        for linear in module.modules():
+            if isinstance(linear, Linear):
+                linear.bf16 = "always"
+        names, values = zip(*module.named_parameters())
+        for form in ("plain",) if ABSENT["native"] else ("fused", "plain"):
+            inputs = [torch.randn(MIX_SHAPE), *(v.detach() for v in values)]
+            cases.append((name, MIX_SHAPE, form, partial(_mix, module, names, form), inputs))
     return cases
+
+
+def _mix(module: nn.Module, names: Sequence[str], form: str, x: Tensor, *values: Tensor) -> Tensor:
+    with unfused() if form == "plain" else nullcontext():
+        y: Tensor = functional_call(module, dict(zip(names, values)), (x,))
+        return y
 
 
 def _conv2d(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,9 @@
     evaluate.py    hard rounding on validation pictures
     checkpoint.py  weights and state on disk, whole or not at all
     machine.py     cores, signals, torch's global switches
+    ranks.py       several processes as one run
+    flops.py       operations of a step, peak of a device
+    plain.py       the same model in plain torch, to compare with
     loop.py        READ FIRST: the run, planned from a wall-clock budget
     command.py     `linic train` and `python -m linic.train`
     export.py      the only door to shipping

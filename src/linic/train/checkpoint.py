@@ -9,6 +9,7 @@ A run's folder:
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn, optim
 
+from linic import weights
 from linic.errors import UsageError
+from linic.models import PRESETS, Config, Lalic, build, preset, widen
 
 FORMAT = "linic-training 1"
 
@@ -72,14 +75,28 @@ def take_over(model: nn.Module, tensors: dict[str, Tensor], source: str) -> tupl
     return missing, extra
 
 
-def initialise(model: nn.Module, init: str | Path) -> tuple[list[str], list[str]]:
-    """`init`: a checkpoint of this loop, or what linic.weights knows by name or path."""
+def initialise(model: nn.Module, init: str | Path,
+               say: Callable[[str], None] = lambda line: None) -> tuple[list[str], list[str]]:
+    """`init`: a checkpoint of this loop, or what linic.weights knows by name or path. A smaller model of the same
+    family is widened (models/widen.py). Returns what `take_over` does."""
+    tensors, config = _read(model, init)
+    if config is not None and isinstance(model, Lalic) and widen.smaller(config, model.config):
+        small = build(config)
+        take_over(small, tensors, str(init))
+        widen.widen(small, model)
+        say(f"{init}: {config.name} widened to {model.config.name}")
+        return [], []
+    return take_over(model, tensors, str(init))
+
+
+def _read(model: nn.Module, init: str | Path) -> tuple[dict[str, Tensor], Config | None]:
+    """Weights, and the configuration that they belong to, where that is known."""
     if Path(init).is_file():
         tensors, about = load(Path(init))
         if about or model.state_dict().keys() & tensors.keys():
-            return take_over(model, tensors, str(init))
-    from linic import weights
-    return take_over(model, weights.load(init).model.state_dict(), str(init))
+            return tensors, preset(about["preset"]) if about.get("preset") in PRESETS else None
+    found = weights.load(init).model
+    return found.state_dict(), found.config
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

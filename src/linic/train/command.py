@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from linic.errors import UsageError
+from linic.train import recipe
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -25,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("recipe", type=Path, help="TOML file, such as recipes/lalic-xs.toml")
     add("--data", type=Path, required=True, help="training pictures: a folder (read recursively) or a tar shard")
     add("--valid", type=Path, help="validation pictures; they may not be among the training pictures")
-    add("--budget", required=True, metavar="TIME", help="wall-clock time: 90s, 60m, 1.5h; plans the schedule")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe by dotted key: "
+        "optimiser.lr=1e-3, phases.0.crop=64; may be given several times")
+    add("--budget", metavar="TIME", help="wall-clock time: 90s, 60m, 1.5h; plans the schedule. Where the recipe counts "
+        "steps it only ends this call, and --resume goes on")
     add("--out", type=Path, help="folder of the run (default: runs/<name of the recipe>)")
     add("--init", metavar="WEIGHTS", help="start from these weights: a name, a weight file or a checkpoint")
     add("--resume", action="store_true", help="go on where a stopped run in --out stood")
@@ -39,13 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out, budget_s = args.out or Path("runs") / args.recipe.stem, seconds(args.budget)
+    out, budget_s = args.out or Path("runs") / args.recipe.stem, seconds(args.budget) if args.budget else None
+    chosen = recipe.load(args.recipe, dict(map(recipe.change, args.set)))
     from linic.train.loop import train
 
-    result = train(args.recipe, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
+    result = train(chosen, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
                    init=args.init, resume=args.resume, device=args.device, threads=args.threads,
                    end_file=args.end_file, cache=args.cache,
                    speed=args.speed.split(",") if "," in args.speed else args.speed)
+    if os.environ.get("RANK", "0") != "0":      # of several processes the first reports
+        return 0
     if args.json:
         print(json.dumps(result))
     else:

@@ -3,7 +3,7 @@
 A source is one tar (webdataset: 000123.avif beside 000123.json, its card) or up to 256 loose files of a folder (cards
 beside them count too). Its decoded pixels lie end to end in <cache>/<key>.u8, mapped to memory; <key>.json says where
 each picture is. The key holds name, size and time of every file. An unreadable file is a warning that names it; no
-picture at all is a UsageError.
+picture at all is a UsageError. A JPEG is made smaller by its quality: a model learns artefacts as it learns all else.
 
 Evaluation pictures never train: a picture within NEAR bits of a validation or report picture is refused.
 """
@@ -15,7 +15,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -32,6 +32,9 @@ from linic.train import checkpoint, recipe
 
 SUFFIXES = {".avif", ".jpg", ".jpeg", ".png", ".webp"}
 LOOSE_FILES = 256               # of one source: an interrupted first decoding loses no more
+LUMINANCE_SUM = 3688            # of the 64 numbers of the standard's example table (T.81, table K.1): quality 50
+# Quality from which on -> scale at which the artefacts of a JPEG are gone.
+JPEG_SCALES = ((94.5, 0.82), (90.5, 0.68), (86.5, 0.60), (81.5, 0.52), (73.5, 0.42), (0.0, 0.33))
 LANCZOS = 3                     # source pixels on each side that up-scaling looks at
 NEAR = 5                        # bits of 64
 
@@ -55,16 +58,31 @@ def warn(message: str) -> None:
 # --- files -> pixels ------------------------------------------------------------------------------------------------
 
 
-def read_picture(file: Any) -> np.ndarray:
-    """A path or a binary file -> (H, W, 3) uint8, upright; transparent pixels over white."""
+def read_picture(file: Any, clean: bool = False) -> np.ndarray:
+    """A path or a binary file -> (H, W, 3) uint8, upright; transparent pixels over white. `clean`: a JPEG is made
+    smaller, so that its blocks and ringing vanish."""
     with Image.open(file) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode} has more than 8 bits")
+        scale = jpeg_scale(getattr(image, "quantization", None)) if clean else 1.0
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             rgba = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return np.array(upright.convert("RGB"))
+        rgb = upright.convert("RGB")
+        if scale < 1:
+            rgb = rgb.resize((max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))),
+                             Image.Resampling.LANCZOS)
+        return np.array(rgb)
+
+
+def jpeg_scale(tables: dict[int, list[int]] | None) -> float:
+    """By how much a picture with these quantisation tables has to shrink; 1: it is no JPEG."""
+    if not tables:
+        return 1.0
+    percent = 100 * sum(tables[min(tables)]) / LUMINANCE_SUM         # the table against that of quality 50
+    quality = 100 - percent / 2 if percent <= 100 else 5000 / percent
+    return next(scale for least, scale in JPEG_SCALES if quality >= least)
 
 
 def dhash(pixels: np.ndarray) -> int:
@@ -84,7 +102,7 @@ class Source:
     def key(self) -> str:
         """Changes with the content of the files, and with what Pillow can read here."""
         seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
-        text = repr(("linic-pictures 1", features.check("avif"), features.check("webp"), seen))
+        text = repr(("linic-pictures 2", features.check("avif"), features.check("webp"), seen))
         return f"{self.files[0].stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def read(self) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
@@ -157,7 +175,7 @@ def decode(source: Source, cache: Path) -> tuple[Path, list[Entry]]:
         def decoded(item: tuple[str, bytes, dict[str, Any]]) -> tuple[str, np.ndarray | Exception, dict[str, Any]]:
             name, data, card = item
             try:
-                return name, read_picture(io.BytesIO(data)), card
+                return name, read_picture(io.BytesIO(data), clean=True), card
             except Exception as error:          # Pillow's plugins raise almost anything on damaged data
                 return name, error, card
 
@@ -182,6 +200,9 @@ def decode(source: Source, cache: Path) -> tuple[Path, list[Entry]]:
     for message in content["failed"]:
         warn(message)
     return pixels, [Entry(**e) for e in content["pictures"]]
+
+
+Window = tuple[str, int, int, int, int]         # of a picture: its name, y, x, height, width
 
 
 @dataclass(frozen=True)
@@ -220,6 +241,24 @@ class Library:
     def pictures(self) -> list[Picture]:
         return [p for shard in self.shards.values() for p in shard]
 
+    def windows_like(self, sizes: Sequence[tuple[int, int]], seed: int) -> list[Window]:
+        """A window of a picture of its own for each size, smaller where no picture is as large."""
+        rng, out = np.random.default_rng(seed), []
+        pictures = [self.pictures[i] for i in rng.permutation(len(self.pictures))]
+        for size in sizes[:len(pictures)]:
+            entry = next((p.entry for p in pictures if p.entry.height >= size[0] and p.entry.width >= size[1]),
+                         pictures[0].entry)
+            pictures = [p for p in pictures if p.entry is not entry]
+            height, width = min(size[0], entry.height), min(size[1], entry.width)
+            out.append((entry.name, int(rng.integers(entry.height - height + 1)),
+                        int(rng.integers(entry.width - width + 1)), height, width))
+        return out
+
+    def window(self, where: Window) -> Tensor | None:
+        """(h, w, 3) uint8; None: the picture is gone."""
+        name, y, x, *size = where
+        return next((p.window(y, x, (size[0], size[1])) for p in self.pictures if p.entry.name == name), None)
+
     def _load(self, source: Source) -> list[Picture]:
         path, entries = decode(source, self.cache)
         size = path.stat().st_size
@@ -229,14 +268,18 @@ class Library:
         self.excluded += len(entries) - len(kept)
         return kept
 
-    def refresh(self, refuse: Sequence[tuple[str, int]] = (), background: bool = False) -> list[str]:
+    def refresh(self, refuse: Sequence[tuple[str, int]] = (), background: bool = False,
+                only: Collection[str] | None = None) -> list[str]:
         """Names of the tars taken in. One that holds an evaluation picture (`refuse`: name, hash) stays out.
-        `background`: decode in a thread, and take in at a later call what is ready: a GPU need not wait."""
+        `background`: decode in a thread, and take in at a later call what is ready: a GPU need not wait. `only`: what
+        another process has taken in."""
         taken = []
         for path in sorted(self.folder.glob("*.tar")):
             source = Source((path,))
+            if only is not None and str(path) not in only:
+                continue
             try:
-                if time.time() - path.stat().st_mtime < 5:      # may still be growing
+                if only is None and time.time() - path.stat().st_mtime < 5:     # may still be growing
                     continue
                 key = source.key()
                 if key in self.shards or (background and not self._ready(key, source)):
@@ -283,9 +326,13 @@ def refuse_duplicates(folder: Path, pictures: Sequence[Picture], known: Sequence
                          "Take them out of the folder")
 
 
-def validation_pictures(library: Library, count: int) -> list[Picture]:
-    """`count` of the folder, spread evenly over the names; lossless ones alone where there are any."""
-    pictures = sorted(library.pictures, key=lambda p: p.entry.name)
+def validation_pictures(library: Library, count: int, smallest: int = 1) -> list[Picture]:
+    """`count` of the folder, spread evenly over the names; lossless ones alone where there are any. `smallest`: side
+    that a picture needs."""
+    pictures = sorted((p for p in library.pictures if min(p.entry.height, p.entry.width) >= smallest),
+                      key=lambda p: p.entry.name)
+    if not pictures:
+        raise UsageError(f"{library.folder}: no picture has {smallest} pixels on each side, which judging needs")
     lossless = [p for p in pictures if p.entry.name.lower().endswith(".png")]
     chosen = lossless or pictures
     return [chosen[i * len(chosen) // count] for i in range(count)] if count < len(chosen) else chosen
@@ -355,9 +402,11 @@ class Crops:
         windows = self._gathered if self.batched else self._stacked
         t = torch.cat([self._resized(windows(some, n if n >= size else n + 2 * LANCZOS), n, size)
                        for n, some in groups.items()])
-        t = torch.where(self._mask(rng.random(count) < 0.5), t.flip(2), t)
+        t = torch.where(self._mask(rng.random(count) < self.data.flip), t.flip(2), t)
         t = torch.where(self._mask(rng.random(count) < self.data.transpose), t.transpose(1, 2), t)
-        return self._coloured(t).contiguous()
+        t = self._coloured(self._permuted(t))
+        sides = np.repeat(list(groups), [len(some) for some in groups.values()])
+        return self._noisy(t, sides).contiguous()
 
     def _stacked(self, some: list[tuple[Picture, int, int]], side: int) -> Tensor:
         return torch.stack([picture.window(y, x, (side, side)) for picture, y, x in some])
@@ -404,6 +453,30 @@ class Crops:
         gains = self.rng.uniform(*colour.gains, (len(t), 1, 1, 3))
         power, factor = (self._on_device(a.astype(np.float32)) for a in (gamma, gains))
         return torch.where(self._mask(some), (t.pow(power) * factor).clamp(0, 1), t)
+
+    def _permuted(self, t: Tensor) -> Tensor:
+        if not self.data.permute:
+            return t
+        order = np.where(self.rng.random((len(t), 1)) < self.data.permute,
+                         self.rng.permuted(np.tile(np.arange(3), (len(t), 1)), axis=1), np.arange(3))
+        return t.gather(3, self._on_device(order)[:, None, None].expand_as(t))
+
+    def _noisy(self, t: Tensor, sides: np.ndarray) -> Tensor:
+        """`sides`: source pixels of each crop's side, which say its pool."""
+        noise = self.data.noise
+        if noise is None:
+            return t
+        some = self.rng.random(len(t)) < noise.share
+        if noise.pools:
+            some &= np.isin(sides, [round(t.shape[1] / scale) for scale in noise.pools])
+        sigma = np.where(some, self.rng.uniform(*noise.sigma, len(t)) / 255, 0)
+        # A seed of our own numbers: the same crops however often the model drew noise in between.
+        source = torch.Generator(self.device).manual_seed(int(self.rng.integers(1 << 62)))
+        normal = torch.empty_like(t).normal_(generator=source)
+        return (t + self._mask(sigma.astype(np.float32)) * t.sqrt() * normal).clamp(0, 1)
+
+    def reseed(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
 
     def state(self) -> dict[str, Any]:
         return dict(self.rng.bit_generator.state)

@@ -3,6 +3,7 @@
 No range coder and no header: a file is longer by well under 1 %. For choosing between weights, never for reports.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,27 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linic.models.lalic import quality_to_lambda
-from linic.train.loss import bits, weigh
+from linic.train.loss import bits, ms_ssim, weigh
+from linic.train.recipe import Loss
 
 Row = dict[str, float]
 
 
 @torch.no_grad()
-def one(model: nn.Module, picture: Tensor, quality: float) -> tuple[float, float, float]:
-    """picture (H, W, 3) uint8 on the model's device -> mse of 8-bit values over 255^2, bpp, bpp of z."""
+def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss) -> Row:
+    """picture (H, W, 3) uint8 on the model's device; mse is that of 8-bit values over 255^2."""
     h, w, _ = picture.shape
     multiple: Any = model.config.multiple       # type: ignore[union-attr]
     x = picture.permute(2, 0, 1)[None].float() / 255
     x = F.pad(x, (0, -w % multiple, 0, -h % multiple), mode="replicate").contiguous(memory_format=torch.channels_last)
     out = model(x, torch.tensor([float(quality)], device=x.device))
-    got = (out["x_hat"][0, :, :h, :w].clamp(0, 1) * 255).round()
-    mse = (got - x[0, :, :h, :w] * 255).square().mean().item() / 65025
+    got, wanted = (out["x_hat"][:, :, :h, :w].clamp(0, 1) * 255).round(), (x[:, :, :h, :w] * 255).round()
+    mse = (got - wanted).square().mean().item() / 65025
     z = bits(out["likelihoods"]["z"]).item() / (h * w)
-    return mse, bits(out["likelihoods"]["y"]).item() / (h * w) + z, z
+    bpp = bits(out["likelihoods"]["y"]).item() / (h * w) + z
+    row = {"quality": quality, "bpp": bpp, "bpp_z": z, "psnr": -10 * math.log10(max(mse, 1e-10))}
+    distortion = mse
+    if loss.distortion == "ms-ssim":
+        row["ms_ssim"] = ms_ssim(got / 255, wanted / 255).item()
+        distortion = 1 - row["ms_ssim"]
+    return {**row, "loss": float(weigh(loss, quality, distortion, bpp))}
 
 
-def evaluate(model: nn.Module, pictures: Sequence[Tensor], qualities: Sequence[float], exponent: float,
+def evaluate(model: nn.Module, pictures: Sequence[Tensor], qualities: Sequence[float], loss: Loss,
              stop: Callable[[], bool] = lambda: False) -> list[Row] | None:
     """Means over the pictures, a row per quality. None: `stop` said so. The model comes back in its mode."""
     was_training, rows = model.training, []
@@ -41,10 +48,7 @@ def evaluate(model: nn.Module, pictures: Sequence[Tensor], qualities: Sequence[f
             for picture in pictures:
                 if stop():
                     return None
-                mse, bpp, z = one(model, picture, quality)
-                psnr = -10 * torch.log10(torch.tensor(max(mse, 1e-10))).item()
-                loss = weigh(quality_to_lambda(quality), mse, bpp, exponent)
-                found.append({"quality": quality, "bpp": bpp, "bpp_z": z, "psnr": psnr, "loss": float(loss)})
+                found.append(one(model, picture, quality, loss))
             rows.append({key: sum(f[key] for f in found) / len(found) for key in found[0]})
     finally:
         model.train(was_training)

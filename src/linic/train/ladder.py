@@ -226,7 +226,7 @@ class Trials:
         quality = 100 * torch.rand(batch, device=self.device)
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        step, reference = (speed.build(n, self.model, optimiser, o.clip, self.recipe.loss.exponent)
+        step, reference = (speed.build(n, self.model, optimiser, o.clip, self.recipe.loss)
                            for n in (name, "eager"))
         wrong = speed.differs(step, reference, x, quality, o.lr / 10)
         ready = time.monotonic() - began

@@ -2,12 +2,15 @@
 
 Every key has one home, here; budget, folders and device are flags and never keys. All keys are needed but those with
 a default, which switches something off. Unknown, missing or impossible keys raise RecipeError with file and key.
-Progress is elapsed time / budget, 0 to 1: nothing in a recipe counts steps.
+Progress, 0 to 1, is elapsed time / budget, or steps / `schedule.steps` where a recipe counts steps, as papers do.
+A field whose key is a word of Python ends in an underscore.
 """
 
+import copy
 import difflib
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -19,17 +22,20 @@ from linic.errors import RecipeError
 @dataclass(frozen=True)
 class Model:
     preset: str
-    bf16: bool                          # block Linears of the free nets
+    bf16: Literal["off", "free", "all"]     # operands of products: the free nets' blocks; all but the ends (lalic.py)
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW. Weight decay spares vectors (biases, gains, decays)."""
+    """See optimisers.py. Weight decay spares vectors (biases, gains, decays)."""
 
     lr: float
     betas: tuple[float, float]
     weight_decay: float
     clip: float                         # norm of the whole gradient
+    kind: Literal["adamw", "soap", "muon"] = "adamw"    # soap, muon: for matrices, with AdamW for all else
+    period: int = 10                    # soap: steps between two turns of the eigenbasis
+    largest: int = 256                  # soap: longer sides of a matrix keep the unit basis
 
 
 @dataclass(frozen=True)
@@ -43,25 +49,36 @@ class Quality:
 
 @dataclass(frozen=True)
 class Loss:
-    exponent: float                     # (lambda * 65025 * mse + bpp) * (lambda / 0.013) ** -exponent
+    """See loss.py. `lambda`: of a model for one rate, instead of a drawn quality."""
+
+    exponent: float = 0.0               # (lambda * 65025 * mse + bpp) * (lambda / 0.013) ** -exponent
+    distortion: Literal["mse", "ms-ssim"] = "mse"
+    lambda_: float | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    shape: Literal["cosine", "linear"]
+    shape: Literal["cosine", "linear", "steps"]
     warmup: float                       # share of the run in which the rate rises
     decay: float = 0.0                  # linear only: share at the end in which it falls to zero
+    milestones: tuple[float, ...] = ()  # steps only: progress at which the rate is multiplied by `drop`
+    drop: float = 0.1
+    steps: int | None = None            # of the whole run; without it, a budget of time plans the run
 
     @property
     def decay_start(self) -> float:
         """Progress at which the trunk is kept. A cosine falls from the start and has no trunk."""
-        return 1 - self.decay if self.shape == "linear" else math.inf
+        if self.shape == "linear":
+            return 1 - self.decay
+        return self.milestones[0] if self.milestones else math.inf
 
     def factor(self, progress: float) -> float:
         """Of the learning rate. Never quite 0 at the start: the first step must move."""
         rise = min(1.0, progress / self.warmup + 1e-3) if self.warmup else 1.0
         if self.shape == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        if self.shape == "steps":
+            return rise * self.drop ** sum(m <= progress for m in self.milestones)
         return rise * max(0.0, min(1.0, (1 - progress) / self.decay))
 
 
@@ -69,7 +86,7 @@ class Schedule:
 class Phase:
     start: float                        # progress from which it holds
     crop: int                           # pixels, square
-    batch: int
+    batch: int                          # of all processes together
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Ema:
 @dataclass(frozen=True)
 class Evaluation:
     pictures: int
-    qualities: tuple[float, ...]
+    qualities: tuple[float, ...] = (50.0,)      # means nothing to a model for one rate
 
 
 @dataclass(frozen=True)
@@ -107,11 +124,23 @@ class Colour:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Of a sensor: normal, its deviation `sigma` / 255 at white, falling with the square root of the value."""
+
+    share: float                        # of the crops from `pools`
+    sigma: tuple[float, float]
+    pools: tuple[float, ...] = ()       # scales; none: all
+
+
+@dataclass(frozen=True)
 class Data:
     pools: tuple[Pool, ...]
-    transpose: float                    # share; horizontal flips are half of all crops
+    transpose: float                    # share
+    flip: float = 0.5                   # share, left to right
     exclude_origins: tuple[str, ...] = ("non-commercial",)
     colour: Colour | None = None
+    permute: float = 0.0                # share whose channels change places
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +148,6 @@ class Recipe:
     seed: int
     model: Model
     optimiser: Optimiser
-    quality: Quality
     loss: Loss
     schedule: Schedule
     phases: tuple[Phase, ...]
@@ -127,24 +155,57 @@ class Recipe:
     evaluation: Evaluation
     intervals: Intervals
     data: Data
+    quality: Quality | None = None      # None: loss.lambda
 
     def phase_at(self, progress: float) -> Phase:
         return [p for p in self.phases if p.start <= progress][-1]
 
 
-def load(path: str | Path) -> Recipe:
+def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """`changes`: see `changed`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
-    return parse(text, str(path))
+    return parse(text, str(path), changes)
 
 
-def parse(text: str, source: str = "recipe") -> Recipe:
+def parse(text: str, source: str = "recipe", changes: Mapping[str, Any] | None = None) -> Recipe:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not TOML: {error}") from error
+    return from_table(changed(table, changes or {}, source), source)
+
+
+def changed(table: dict[str, Any], changes: Mapping[str, Any], source: str = "recipe") -> dict[str, Any]:
+    """A copy with values put in by dotted key: {"optimiser.lr": 1e-3, "phases.0.crop": 64}."""
+    table = copy.deepcopy(table)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        at: Any = table
+        try:
+            for part in path:
+                at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+            at[int(last) if isinstance(at, list) else last] = value
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise RecipeError(f"{source}: no place for {key}.{_did_you_mean(key)}") from None
+    return table
+
+
+def change(text: str) -> tuple[str, Any]:
+    """"optimiser.lr=1e-3" -> key and value. The value is TOML; what is none is a string."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise RecipeError(f"--set {text}: write KEY=VALUE, such as optimiser.lr=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def from_table(table: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Of plain dicts and lists, as TOML gives them."""
     recipe = _table(Recipe, table, "", source)
     for right, message in _rules(recipe):
         if not right:
@@ -153,17 +214,31 @@ def parse(text: str, source: str = "recipe") -> Recipe:
 
 
 def _rules(r: Recipe) -> list[tuple[bool, str]]:
-    starts, o, s = [p.start for p in r.phases], r.optimiser, r.schedule
-    pairs = [("quality.range", r.quality.range)]
-    if r.data.colour:
-        pairs += [("data.colour.gamma", r.data.colour.gamma), ("data.colour.gains", r.data.colour.gains)]
-    shares = [("schedule.decay", s.decay), ("schedule.warmup", s.warmup), ("data.transpose", r.data.transpose)]
-    shares += [("data.colour.share", r.data.colour.share)] if r.data.colour else []
+    starts, o, s, d = [p.start for p in r.phases], r.optimiser, r.schedule, r.data
+    pairs = [("quality.range", r.quality.range)] if r.quality else []
+    shares = [("schedule.decay", s.decay), ("schedule.warmup", s.warmup), ("data.transpose", d.transpose),
+              ("data.flip", d.flip), ("data.permute", d.permute)]
+    if d.colour:
+        pairs += [("data.colour.gamma", d.colour.gamma), ("data.colour.gains", d.colour.gains)]
+        shares += [("data.colour.share", d.colour.share)]
+    if d.noise:
+        pairs += [("data.noise.sigma", d.noise.sigma)]
+        shares += [("data.noise.share", d.noise.share)]
     return [
+        ((r.quality is None) != (r.loss.lambda_ is None), "one of [quality] and loss.lambda is needed, and not both"),
+        (r.loss.lambda_ is None or (r.loss.lambda_ > 0 and not r.loss.exponent),
+         "loss.lambda must be above 0, and loss.exponent weighs drawn qualities only"),
+        ((s.shape == "steps") == bool(s.milestones) and list(s.milestones) == sorted(set(s.milestones))
+         and all(0 < m < 1 for m in s.milestones),
+         "schedule.milestones belong to shape steps, which needs them: shares of the run, rising, between 0 and 1"),
+        (0 < s.drop < 1 and (s.steps is None or s.steps > 0), "schedule: drop lies between 0 and 1, steps above 0"),
+        (not d.noise or set(d.noise.pools) <= {p.scale for p in d.pools},
+         "data.noise.pools must be scales of data.pools"),
         (o.lr > 0 and o.clip > 0 and o.weight_decay >= 0,
          "optimiser: lr and clip must be above 0, weight_decay not below"),
         (all(0 <= b < 1 for b in o.betas), "optimiser.betas must lie in [0, 1)"),
-        (0 <= r.quality.ends < 0.5, f"quality.ends is {r.quality.ends}: a share of the draws below 0.5"),
+        (o.period > 0 and o.largest > 0, "optimiser: period and largest must be above 0"),
+        (not r.quality or 0 <= r.quality.ends < 0.5, "quality.ends must be a share of the draws below 0.5"),
         *((a <= b, f"{key} is [{a}, {b}]: the smaller number comes first") for key, (a, b) in pairs),
         *((0 <= v <= 1, f"{key} is {v}: a share, 0 to 1") for key, v in shares),
         ((s.shape == "linear") == (s.decay > 0), "schedule.decay belongs to a linear schedule, which needs it above 0"),
@@ -180,14 +255,15 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
 
 
 def _table(kind: Any, table: dict[str, Any], where: str, source: str) -> Any:
-    known = {f.name: f for f in fields(kind)}
+    known = {f.name.rstrip("_"): f for f in fields(kind)}
     for key in table:
         if key not in known:
             raise RecipeError(f"{source}: unknown key {where}{key}.{_did_you_mean(where + key)}")
     for name, field in known.items():
         if name not in table and field.default is MISSING:
             raise RecipeError(f"{source}: key {where}{name} is missing")
-    return kind(**{key: _value(known[key].type, value, where + key, source) for key, value in table.items()})
+    return kind(**{known[key].name: _value(known[key].type, value, where + key, source)
+                   for key, value in table.items()})
 
 
 def _value(kind: Any, value: Any, where: str, source: str) -> Any:
@@ -216,7 +292,9 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is tuple:
         number = "" if args[-1] is Ellipsis else f"{len(args)} x "
         return f"a list of {number}{_describe(args[0])}"
-    if get_origin(kind) is UnionType or is_dataclass(kind):
+    if get_origin(kind) is UnionType:
+        return _describe(args[0])
+    if is_dataclass(kind):
         return "a table"
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
 
@@ -225,7 +303,7 @@ def _keys(kind: Any, where: str = "") -> list[str]:
     out = []
     for f in fields(kind):
         inner = next((k for k in (f.type, *get_args(f.type)) if is_dataclass(k)), None)
-        out += [where + f.name, *(_keys(inner, f"{where}{f.name}.") if inner else [])]
+        out += [where + f.name.rstrip("_"), *(_keys(inner, f"{where}{f.name}.") if inner else [])]
     return out
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 
 from linic.errors import LinicError
 from linic.train.loss import rate_distortion
+from linic.train.recipe import Loss
 
 SMALLEST = 256          # tokens of a picture: blocks with fewer are not worth their seconds of compilation
 WARM_UPS = 3            # runs before a capture: handles, workspaces and lazy state must exist by then
@@ -33,11 +34,12 @@ class Step:
     A step whose loss or gradient is not finite changes nothing: the fused AdamW is told so on the device.
     """
 
-    def __init__(self, model: nn.Module, optimiser: optim.Optimizer, clip: float, exponent: float):
-        self.model, self.optimiser, self.clip, self.exponent = model, optimiser, clip, exponent
+    def __init__(self, model: nn.Module, optimiser: optim.Optimizer, clip: float, loss: Loss):
+        self.model, self.optimiser, self.clip, self.loss = model, optimiser, clip, loss
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.forward: Callable[..., Any] = model
+        self.average: Callable[[list[Tensor]], None] | None = None      # over the processes of a run (ranks.py)
         state: Any = optimiser              # GradScaler's way to tell a fused optimiser
         state.found_inf, state.grad_scale = torch.zeros((), device=self.device), None
         self.found_inf: Tensor = state.found_inf
@@ -56,16 +58,19 @@ class Step:
         state.found_inf = self.found_inf
 
     def run(self, x: Tensor, quality: Tensor) -> Tensor:
-        terms = rate_distortion(self.forward(x, quality), x, quality, self.exponent)
+        terms = rate_distortion(self.forward(x, quality), x, quality, self.loss)
         loss = terms.loss.mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.params, self.clip)
-        self.found_inf.copy_(~(torch.isfinite(loss) & torch.isfinite(norm)))
-        self.optimiser.step()
         with torch.no_grad():
             psnr = (-10 * torch.log10(terms.mse.clamp_min(1e-10))).mean()
-            return torch.stack([loss, terms.bpp.mean(), terms.bpp_z.mean(), psnr, norm])
+            numbers = torch.stack([loss, terms.bpp.mean(), terms.bpp_z.mean(), psnr])
+            if self.average:
+                self.average([numbers, *(p.grad for p in self.params if p.grad is not None)])
+        norm = nn.utils.clip_grad_norm_(self.params, self.clip)
+        self.found_inf.copy_(~(torch.isfinite(numbers[0]) & torch.isfinite(norm)))
+        self.optimiser.step()
+        return torch.cat([numbers, norm.detach()[None]])
 
     def prepare(self, x: Tensor, quality: Tensor) -> None:
         """Compilation and capture for inputs of this shape. Weights and optimiser are left as they were."""
@@ -142,7 +147,7 @@ class Graph(Step):
     """One CUDA graph of `inner`'s step over inputs that stay where they are."""
 
     def __init__(self, inner: Step):
-        super().__init__(inner.model, inner.optimiser, inner.clip, inner.exponent)
+        super().__init__(inner.model, inner.optimiser, inner.clip, inner.loss)
         if not torch.cuda.is_available():
             raise LinicError("CUDA graphs need a CUDA device")
         self.forward = inner.forward
@@ -193,8 +198,8 @@ RUNGS: dict[str, Callable[..., Step]] = {
 LADDER = {"cpu": ("eager",), "cuda": ("eager", "graph", "compiled", "compiled-graph")}
 
 
-def build(name: str, model: nn.Module, optimiser: optim.Optimizer, clip: float, exponent: float) -> Step:
-    return RUNGS[name](model, optimiser, clip, exponent)
+def build(name: str, model: nn.Module, optimiser: optim.Optimizer, clip: float, loss: Loss) -> Step:
+    return RUNGS[name](model, optimiser, clip, loss)
 
 
 def differs(step: Step, reference: Step, x: Tensor, quality: Tensor, lr: float) -> str:
