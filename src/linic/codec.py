@@ -216,9 +216,13 @@ def _device(name: str) -> str:
 
 
 def _fast_bf16(device: Any) -> bool:
-    """Whether bf16 products are faster than float32 here."""
+    """Whether bf16 products are faster than float32 here. LINIC_BF16=0 or 1 decides otherwise."""
+    import os
+
     import torch
 
+    if asked := os.environ.get("LINIC_BF16"):
+        return asked != "0"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public question for it as of torch 2.13

@@ -47,10 +47,12 @@ def test_the_bench_times_every_backend_that_is_here(monkeypatch):
 
     monkeypatch.setattr(bench, "BIWKV_SHAPES", [(1, 16, 8)])
     monkeypatch.setattr(bench, "DWCONV5_SHAPES", [(1, 4, 4, 8)])
+    monkeypatch.setattr(bench, "MIX_SHAPE", (1, 4, 4, 8))
     threads = torch.get_num_threads()
     rows = bench.run(threads=1, repeats=1)
     assert torch.get_num_threads() == threads
     here = [name for name in ("native", "torch") if name == "torch" or native.lib is not None]
-    assert [row["backend"] for row in rows] == [*here, *here, "conv2d"]
+    forms = ["plain"] if native.lib is None else ["fused", "plain"]
+    assert [row["backend"] for row in rows] == [*here, *here, "conv2d", *forms, *forms]
     assert all(row["both_ms"] > 0 and row["forward_ratio"] > 0 for row in rows)
     assert len(bench.table(rows).splitlines()) == 2 + len(rows)

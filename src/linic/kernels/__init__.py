@@ -4,7 +4,7 @@
     dwconv5(x, weight)     (B, H, W, C), (25, C) -> (B, H, W, C)            kernels/dwconv5/
 
 Each operator is a folder: reference.py (the definition), torch_form.py (everywhere), cpu.py (compiled),
-triton.py (GPU).
+triton.py (GPU). mix/ and pointwise/ fuse chains of operations on a CPU; their definition is the code that calls them.
 Never bit-exact between devices or backends: what steers the range coder uses integers (entropy/).
 """
 

@@ -6,6 +6,8 @@ Raises BackendMissing where a backend is not here, UsageError where the request 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -72,6 +74,32 @@ def nobody_watches(device: str) -> bool:
     if torch.compiler.is_compiling():
         return False
     return device in ("cpu", "cuda") and torch.is_inference_mode_enabled() and _get_current_dispatch_mode() is None
+
+
+_plain = False
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Inside, nothing is fusible: for comparisons."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def fusible(*tensors: torch.Tensor) -> bool:
+    """Whether a chain of operations on these (none empty) may run as one compiled step: float32 on a CPU, and nobody
+    (compiler, tracer, FLOP counter) wants to see the single operators."""
+    if _plain or native.lib is None:
+        return False
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.numel() for t in tensors):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

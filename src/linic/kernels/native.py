@@ -15,7 +15,7 @@ import torch
 
 from linic.errors import BackendMissing
 
-POINTER, INT = ctypes.c_void_p, ctypes.c_int64
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     # w u k k_b k_t v v_b v_t y den, B T C threads
     "linic_biwkv_forward": [POINTER] * 3 + [INT] * 2 + [POINTER] + [INT] * 2 + [POINTER] * 2 + [INT] * 4,
@@ -23,6 +23,23 @@ SIGNATURES = {
     "linic_biwkv_backward": [POINTER] * 3 + [INT] * 2 + [POINTER] + [INT] * 2 + [POINTER] * 7 + [INT] * 4,
     "linic_dwconv5_forward": [POINTER] * 3 + [INT] * 6,  # x weight y, B H W C flip threads
     "linic_dwconv5_weight": [POINTER] * 3 + [INT] * 5,  # x g gw, B H W C threads
+    # x weight bias kernel stats y, eps, half B H W C threads
+    "linic_norm_forward": [POINTER] * 6 + [FLOAT] + [INT] * 6,
+    # x weight bias kernel stats g residual gx gn gaffine gkernel, half B H W C threads
+    "linic_norm_backward": [POINTER] * 11 + [INT] * 6,
+    "linic_attend_forward": [POINTER] * 6 + [FLOAT] * 3 + [INT] * 6,  # kvr w u y den p, limits, half hard B T C threads
+    # kvr w u y den g gkvr gw gu, limits, half hard B T C threads
+    "linic_attend_backward": [POINTER] * 9 + [FLOAT] * 3 + [INT] * 6,
+    "linic_square_forward": [POINTER] * 2 + [FLOAT] + [INT] * 5,  # kr square, limit, half rows C hidden threads
+    "linic_square_backward": [POINTER] * 3 + [FLOAT] + [INT] * 5,  # kr g gkr, limit, half rows C hidden threads
+    "linic_gate_forward": [POINTER] * 4 + [FLOAT] + [INT] * 5,  # x kr o y, limit, half rows C hidden threads
+    "linic_gate_backward": [POINTER] * 5 + [FLOAT] + [INT] * 5,  # g kr o go gkr, limit, half rows C hidden threads
+    "linic_add": [POINTER] * 3 + [INT] * 4,  # x o y, one_row rows C threads
+    "linic_gaussian_forward": [POINTER] * 3 + [FLOAT] + [INT] * 2,  # d s p, least, n threads
+    "linic_gaussian_backward": [POINTER] * 6 + [FLOAT] + [INT] * 2,  # d s p g gd gs, least, n threads
+    "linic_gelu_forward": [POINTER] * 2 + [FLOAT] + [INT] * 2,  # x y, limit, n threads
+    "linic_gelu_backward": [POINTER] * 3 + [FLOAT] + [INT] * 2,  # x g gx, limit, n threads
+    "linic_chunk": [],  # rows of a part of gaffine
 }
 REFUSED, NO_MEMORY = 1, 2  # Status in native.cpp
 
@@ -50,6 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         lib = ctypes.CDLL(str(path))
         for name, arguments in SIGNATURES.items():
             getattr(lib, name).argtypes = arguments
+        lib.linic_chunk.restype = INT
         lib.linic_isa.restype = lib.linic_isa_here.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, f"built, but does not load ({error}): install linic again"

@@ -9,12 +9,16 @@ will run in integers). Normative blocks keep, from the first training step, the 
 [0, 8], u in [-3, 3], k in [-4.8, 4.8], gates and values clamped, 16-bit residual stream.
 """
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linic.entropy.rounding import bounded
-from linic.kernels import biwkv, dwconv5
+from linic.kernels import biwkv, dwconv5, mix
+from linic.kernels.choice import fusible
 from linic.models.config import Style
 
 CROP = 256  # side of the crop whose token count fixes T in free blocks
@@ -33,15 +37,30 @@ def depth_to_space(x: Tensor, f: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Linear of a block: operands in bf16 where `bf16` is set, master weights and the residual stream never."""
+    """Linear of a block: operands in bf16 where `bf16` says so, master weights and the residual stream never."""
 
-    bf16 = False
+    bf16: Literal["never", "training", "always"] = "never"
+
+    def in_bf16(self) -> bool:
+        return self.bf16 == "always" or (self.bf16 == "training" and self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bf16:
+        if self.in_bf16():
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.weight.bfloat16(), bias)
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Projection(Linear):
+    """Linear between blocks: it gives back float32 where its operands are bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.in_bf16():
+            return super().forward(x)
+        if fusible(x, self.weight):
+            return mix.project(x, self.weight, self.bias)
+        y = F.linear(x.bfloat16(), self.weight.bfloat16()).float()
+        return y if self.bias is None else y + self.bias
 
 
 class QualityRow(nn.Module):
@@ -70,9 +89,9 @@ class OmniShift(nn.Module):
 
     def kernel(self) -> Tensor:
         """(25, C)"""
-        a = self.alpha
-        centre = F.pad(a[0] + a[1] * self.k1, (0, 0, 2, 2, 2, 2))
-        return (centre + F.pad(a[2] * self.k3, (0, 0, 1, 1, 1, 1)) + a[3] * self.k5).reshape(25, -1)
+        identity, one, three, five = self.alpha.unbind()
+        inner = F.pad(identity + one * self.k1, (0, 0, 1, 1, 1, 1)) + three * self.k3
+        return (F.pad(inner, (0, 0, 1, 1, 1, 1)) + five * self.k5).reshape(25, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         return dwconv5(x, self.kernel())
@@ -84,6 +103,9 @@ class MergedShift(nn.Module):
     def __init__(self, shift: OmniShift):
         super().__init__()
         self.weight = nn.Parameter(shift.kernel().detach().clone())
+
+    def kernel(self) -> Tensor:
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return dwconv5(x, self.weight)
@@ -98,6 +120,10 @@ def merge_shifts(model: nn.Module) -> nn.Module:
     return model
 
 
+def _norm(norm: nn.LayerNorm, shift: OmniShift | MergedShift | None) -> mix.Norm:
+    return mix.Norm(norm.weight, norm.bias, None if shift is None else shift.kernel(), norm.eps)
+
+
 class SpatialMix(nn.Module):
     """x + Wo(sigmoid(r) * BiWKV(k, v)): every position reads every other, in time linear in T.
 
@@ -109,24 +135,26 @@ class SpatialMix(nn.Module):
     def __init__(self, channels: int, style: Style, *, normative: bool, shift: bool, pixels: int, column: bool):
         super().__init__()
         self.normative, self.authors, self.column = normative, style.bounds == "authors", column
-        self.aft, self.crop_tokens = style.attention == "aft", (CROP // pixels) ** 2
+        self.attention, self.crop_tokens = style.attention, (CROP // pixels) ** 2
         self.norm = nn.LayerNorm(channels)
         self.shift = OmniShift(channels) if shift else None
-        self.kvr = Linear(channels, 3 * channels, bias=False)
+        keyless = style.attention == "none"
+        self.kvr = Linear(channels, (2 if keyless else 3) * channels, bias=False)
         self.out = Linear(channels, channels, bias=False)
         self.gamma = nn.Parameter(torch.ones(channels)) if style.layer_scale else None
         if style.zero_init:
             nn.init.zeros_(self.out.weight)
-        if not self.aft:
+        if self.attention == "biwkv":
             # -3 .. 3, shuffled. From a list: on the meta device linspace imports sympy, a third of a second.
             order = torch.randperm(channels, device="cpu").tolist()
             spread = torch.tensor([6 * i / max(channels - 1, 1) - 3 for i in order])
             self.w = nn.Parameter(torch.randn(channels) if self.authors else spread)
             self.u = nn.Parameter(torch.randn(channels) if self.authors else torch.zeros(channels))
+        self.limits = mix.Limits(4.8, 16, 8) if normative else mix.Limits(10, hard=False)
 
     def decay(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """w as the operator takes it (divided by T), and u."""
-        if self.aft:
+        if self.attention != "biwkv":
             zero = like.new_zeros(like.shape[-1])
             return zero, zero
         if self.authors:
@@ -135,22 +163,32 @@ class SpatialMix(nn.Module):
             return 8 * torch.sigmoid(self.w) / tokens, 3 * torch.tanh(self.u / 3)
         return 32 * torch.sigmoid(self.w - 1) / self.crop_tokens, 6 * torch.tanh(self.u / 6)
 
+    def attend(self, kvr: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        """(B, T, 3C), decay and boost -> sigmoid(r) * BiWKV(k, v), (B, T, C)."""
+        *key, v, r = kvr.split(len(w), 2)
+        limits = self.limits
+        if self.normative and not self.authors:
+            v, r = bounded(v, -limits.v, limits.v), bounded(r, -limits.r, limits.r)
+        wkv = v
+        for k in key:  # one, but in the ablation without attention
+            if not self.authors:
+                k = bounded(k, -limits.k, limits.k) if limits.hard else limits.k * torch.tanh(k / limits.k)
+            wkv = biwkv(w, u, k, v)
+        return torch.sigmoid(r) * wkv
+
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
+        decay = self.decay(h * w, x)
+        special = self.authors or self.column or self.attention != "biwkv" or self.gamma is not None
+        if not special and fusible(x, self.kvr.weight):
+            weights = _norm(self.norm, self.shift), self.kvr.weight, self.out.weight
+            return mix.spatial_mix(x, *weights, *decay, self.limits, self.kvr.in_bf16(), self.attend)
         s = self.norm(x)
         if self.shift is not None:
             s = self.shift(s)
         if self.column:
             s = s.transpose(1, 2)
-        kvr = self.kvr(s.reshape(b, h * w, c)).to(x.dtype)  # B, T, 3C
-        k, v, r = kvr.split(c, 2)
-        if self.normative:
-            if not self.authors:
-                k, v, r = bounded(k, -4.8, 4.8), bounded(v, -16, 16), bounded(r, -8, 8)
-        elif not self.authors:
-            k = 10 * torch.tanh(k / 10)
-        decay, boost = self.decay(h * w, k)
-        y = self.out(torch.sigmoid(r) * biwkv(decay, boost, k, v))  # B, T, C
+        y = self.out(self.attend(self.kvr(s.reshape(b, h * w, c)).to(x.dtype), *decay))  # B, T, C
         y = y.view(b, w, h, c).transpose(1, 2) if self.column else y.view(b, h, w, c)
         return x + (y if self.gamma is None else self.gamma * y)
 
@@ -160,7 +198,8 @@ class ChannelMix(nn.Module):
 
     def __init__(self, channels: int, hidden: int, style: Style, *, normative: bool, shift: bool):
         super().__init__()
-        self.clamped = normative and style.bounds == "linic"
+        clamped = normative and style.bounds == "linic"
+        self.limits = mix.Limits(16, r=8) if clamped else mix.Limits()
         self.norm = nn.LayerNorm(channels)
         self.shift = OmniShift(channels) if shift else None
         self.kr = Linear(channels, (hidden + 1) * channels, bias=False)  # [hidden | gate] in one product
@@ -170,13 +209,17 @@ class ChannelMix(nn.Module):
             nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        limits = self.limits
+        if self.gamma is None and fusible(x, self.kr.weight):
+            weights = _norm(self.norm, self.shift), self.kr.weight, self.out.weight
+            return mix.channel_mix(x, *weights, limits, self.kr.in_bf16())
         s = self.norm(x)
         if self.shift is not None:
             s = self.shift(s)
         k, r = self.kr(s).split((self.out.in_features, self.out.out_features), 3)
         k = torch.relu(k)
-        if self.clamped:
-            k, r = k.clamp(max=16), bounded(r, -8, 8)
+        if limits.k < math.inf:
+            k, r = k.clamp(max=limits.k), bounded(r, -limits.r, limits.r)
         y = torch.sigmoid(r) * self.out(k * k)
         return x + (y if self.gamma is None else self.gamma * y)
 
@@ -207,7 +250,7 @@ class Down(nn.Module):
     def __init__(self, inputs: int, outputs: int, factor: int, kernel: int):
         super().__init__()
         self.factor, self.linear = factor, kernel == 1
-        self.proj: nn.Module = (nn.Linear(inputs * factor * factor, outputs) if self.linear
+        self.proj: nn.Module = (Projection(inputs * factor * factor, outputs) if self.linear
                                 else nn.Conv2d(inputs, outputs, kernel, factor, kernel // 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +265,7 @@ class Up(nn.Module):
     def __init__(self, inputs: int, outputs: int, factor: int, kernel: int):
         super().__init__()
         self.factor, self.linear = factor, kernel == 1
-        self.proj: nn.Module = (nn.Linear(inputs, outputs * factor * factor) if self.linear else
+        self.proj: nn.Module = (Projection(inputs, outputs * factor * factor) if self.linear else
                                 nn.ConvTranspose2d(inputs, outputs, kernel, factor, kernel // 2, factor - 1))
 
     def forward(self, x: Tensor) -> Tensor:

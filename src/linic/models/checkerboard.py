@@ -5,6 +5,7 @@ Anchors are the positions with row + column even; they are coded first. A half o
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +17,53 @@ TAPS = [(i, j) for i in range(-2, 3) for j in range(-2, 3) if (i + j) % 2]
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, W, C) -> anchors, non-anchors."""
-    b, h, w, c = x.shape
-    q = x.view(b, h // 2, 2, w // 2, 2, c)
-    anchors = torch.stack([q[:, :, 0, :, 0], q[:, :, 1, :, 1]], 2)
-    others = torch.stack([q[:, :, 0, :, 1], q[:, :, 1, :, 0]], 2)
-    return anchors.view(b, h, w // 2, c), others.view(b, h, w // 2, c)
+    halves: tuple[Tensor, Tensor] = _Split.apply(x)
+    return halves
 
 
 def join(anchors: Tensor, others: Tensor) -> Tensor:
     """The inverse of `split`."""
+    whole: Tensor = _Join.apply(anchors, others)
+    return whole
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    b, h, w, c = x.shape
+    anchors, others = (x.new_empty(b, h, w // 2, c) for _ in range(2))
+    for row in (0, 1):
+        anchors[:, row::2] = x[:, row::2, row::2]
+        others[:, row::2] = x[:, row::2, 1 - row :: 2]
+    return anchors, others
+
+
+def _join(anchors: Tensor, others: Tensor) -> Tensor:
     b, h, w, c = anchors.shape
-    a, o = anchors.view(b, h // 2, 2, w, c), others.view(b, h // 2, 2, w, c)
-    even = torch.stack([a[:, :, 0], o[:, :, 0]], 3)
-    odd = torch.stack([o[:, :, 1], a[:, :, 1]], 3)
-    return torch.stack([even, odd], 2).view(b, h, 2 * w, c)
+    x = anchors.new_empty(b, h, 2 * w, c)
+    for row in (0, 1):
+        x[:, row::2, row::2] = anchors[:, row::2]
+        x[:, row::2, 1 - row :: 2] = others[:, row::2]
+    return x
+
+
+# Each is the other's gradient. As slices of autograd they would be the most frequent operations of a training step.
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _split(x)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return join(*g)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, others: Tensor) -> Tensor:
+        return _join(anchors, others)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return split(g)
 
 
 @lru_cache(maxsize=32)

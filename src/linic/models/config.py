@@ -18,7 +18,7 @@ LARGEST, MOST = 4096, 64  # of a number; numbers in a list
 class Style:
     """How blocks are made, in all nets of a model."""
 
-    attention: Literal["biwkv", "aft"] = "biwkv"  # aft: BiWKV with w = u = 0, a plain softmax average
+    attention: Literal["biwkv", "aft", "none"] = "biwkv"  # aft: w = u = 0, a softmax average; none: wkv is v
     shift: bool = True  # Omni-Shift before both mixes (contexts have a switch of their own)
     scan: Literal["row", "column", "alternating"] = "row"  # order in which BiWKV sees the tokens
     bounds: Literal["linic", "authors"] = "linic"  # linic: bounded w, u, k (integer.md 8); authors: raw w/T and u/T
@@ -36,6 +36,7 @@ class Net:
     depths: tuple[int, ...]
     hidden: int  # Channel Mix: hidden width / width
     spatial: tuple[bool, ...]  # whether the stage's blocks have a Spatial Mix
+    shortcut: Literal["none", "wavelet"] = "none"  # parallel to each strided stage (lalic.py); the transform only
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Config:
     density: Literal["mixture", "factorized"] = "mixture"  # of z
     scales: int = 128  # entries of the scale table
     linear_scale: bool = False  # the scale head gives sigma (paper) instead of ln sigma relative to a prior
-    init: Literal["klt", "torch"] = "klt"
+    init: Literal["klt", "orthogonal", "torch"] = "klt"  # of the resampling: principal axes, random axes, torch's own
 
     @property
     def multiple(self) -> int:
@@ -83,6 +84,8 @@ def _sane(value: Any) -> bool:
 
 
 def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
+    if not isinstance(data, dict):
+        raise UsageError(f"{where}: {str(data)[:80]} should be a table of fields")
     fields, hints, values = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), {}
     if unknown := set(data) - fields:
         raise UsageError(f"{where}: unknown field {sorted(unknown)[0]!r}. Known: {', '.join(sorted(fields))}")
@@ -114,6 +117,8 @@ def from_dict(data: dict[str, Any], where: str = "preset") -> Config:
         n = len(net.widths)
         if not (len(net.depths) == len(net.spatial) == n and len(net.factors) == len(net.kernels) == n + 1):
             raise UsageError(f"{where}.{key}: {n} widths need {n} depths, {n} spatial, {n + 1} factors and kernels")
+    if config.hyper.shortcut != "none":
+        raise UsageError(f"{where}.hyper.shortcut: only the transform can have shortcuts")
     if sum(config.context.groups) != config.latents:
         raise UsageError(f"{where}.context.groups sum to {sum(config.context.groups)}, latents is {config.latents}")
     return config

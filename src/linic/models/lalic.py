@@ -17,7 +17,7 @@ serves all rates.
 
 import math
 from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +34,10 @@ from linic.entropy.rounding import (
     scale_index,
 )
 from linic.entropy.walk import Step
+from linic.kernels import pointwise
+from linic.kernels.choice import fusible
 from linic.models import ablations, checkerboard
-from linic.models.blocks import Block, Down, Linear, QualityRow, Up, space_to_depth
+from linic.models.blocks import Block, Down, Linear, Projection, QualityRow, Up, depth_to_space, space_to_depth
 from linic.models.config import Config, Net, Style
 
 LAMBDA_0, LAMBDA_LOW, LAMBDA_HIGH = 0.013, 0.0012, 0.07
@@ -51,34 +53,82 @@ def quality_to_lambda(quality: _T) -> _T:
 # --- transforms ---------------------------------------------------------------------------------------------------
 
 
-class Stage(nn.Module):
-    """Resample, add the quality's row, run the blocks."""
+class Wavelet(nn.Module):
+    """Linear shortcut of a strided stage: orthonormal Haar bands, a gain for each band and channel, a projection.
 
-    def __init__(self, resample: nn.Module, width: int, blocks: list[Block], rows: bool):
+    Down: (B, H, W, inputs) -> (B, H/f, W/f, outputs). Up: the transposed map, -> (B, Hf, Wf, outputs).
+    Source: Li et al., "On Disentangled Training for Nonlinear Transform in Learned Image Compression" (ICLR 2025,
+    arXiv 2501.13751). The paper holds the projection orthogonal by a penalty; ours is orthogonal at the start.
+    """
+
+    haar: Tensor
+
+    def __init__(self, inputs: int, outputs: int, factor: int, up: bool):
         super().__init__()
-        self.resample, self.blocks = resample, nn.ModuleList(blocks)
+        self.factor, self.up = factor, up
+        fine, coarse = (outputs, inputs) if up else (inputs, outputs)
+        self.proj = nn.Linear(factor**2 * fine, coarse, bias=False)
+        nn.init.orthogonal_(self.proj.weight)
+        self.gain = nn.Parameter(torch.ones(factor**2 * fine))
+        self.register_buffer("haar", _haar(factor), persistent=False)
+
+    def bands(self, weight: Tensor) -> Tensor:
+        """(coarse, f^2 fine) over pixels -> the same over bands: rows times the transposed wavelet."""
+        return torch.einsum("opc,qp->oqc", weight.unflatten(1, (self.factor**2, -1)), self.haar).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.proj.weight * self.gain).unflatten(1, (self.factor**2, -1))
+        weight = torch.einsum("oqc,qp->opc", weight, self.haar).flatten(1)
+        if self.up:
+            return depth_to_space(F.linear(x, weight.T), self.factor)
+        return F.linear(space_to_depth(x, self.factor), weight)
+
+
+def _haar(n: int) -> Tensor:
+    """Orthonormal wavelet of n x n pixels, n a power of 2: (n^2, n^2), the mean first."""
+    h = torch.ones(1, 1)
+    while len(h) < n:
+        h = torch.cat([torch.kron(h, torch.tensor([[1.0, 1.0]])),
+                       torch.kron(torch.eye(len(h)), torch.tensor([[1.0, -1.0]]))])
+        h = h / h.norm(dim=1, keepdim=True)
+    return torch.kron(h, h)
+
+
+class Stage(nn.Module):
+    """Resample, add the quality's row, run the blocks. `shortcut`: parallel to all of it."""
+
+    def __init__(self, resample: nn.Module, width: int, blocks: list[Block], rows: bool,
+                 shortcut: Wavelet | None = None):
+        super().__init__()
+        self.resample, self.blocks, self.shortcut = resample, nn.ModuleList(blocks), shortcut
+        self.width = width
         self.row = QualityRow(width) if rows else None
 
     def forward(self, x: Tensor, l: Tensor) -> Tensor:
+        start = x
         x = self.resample(x)
         if self.row is not None:
             x = self.row(x, l)
         for block in self.blocks:
             x = block(x)
-        return x
+        return x if self.shortcut is None else x + self.shortcut(start)
 
 
 class Transform(nn.Module):
     """Stages, then a last resampling without blocks. (B, H, W, inputs) -> (B, H', W', outputs)."""
 
-    def __init__(self, stages: list[Stage], head: nn.Module):
+    def __init__(self, stages: list[Stage], head: nn.Module, shortcut: Wavelet | None = None):
         super().__init__()
-        self.stages, self.head = nn.ModuleList(stages), head
+        self.stages, self.head, self.shortcut = nn.ModuleList(stages), head, shortcut
 
     def forward(self, x: Tensor, l: Tensor) -> Tensor:
         for stage in self.stages:
             x = stage(x, l)
-        return self.head(x)
+        return self.head(x) if self.shortcut is None else self.head(x) + self.shortcut(x)
+
+
+def _shortcut(inputs: int, outputs: int, factor: int, net: Net, up: bool) -> Wavelet | None:
+    return Wavelet(inputs, outputs, factor, up) if net.shortcut == "wavelet" and factor > 1 else None
 
 
 def analysis(inputs: int, outputs: int, net: Net, style: Style, rows: bool, pixels: int = 1) -> Transform:
@@ -88,9 +138,11 @@ def analysis(inputs: int, outputs: int, net: Net, style: Style, rows: bool, pixe
         pixels *= net.factors[i]
         blocks = [Block(width, net.hidden, style, spatial=net.spatial[i], pixels=pixels, index=j)
                   for j in range(net.depths[i])]
-        stages.append(Stage(Down(inputs, width, net.factors[i], net.kernels[i]), width, blocks, rows))
+        stages.append(Stage(Down(inputs, width, net.factors[i], net.kernels[i]), width, blocks, rows,
+                            _shortcut(inputs, width, net.factors[i], net, up=False)))
         inputs = width
-    return Transform(stages, Down(inputs, outputs, net.factors[-1], net.kernels[-1]))
+    return Transform(stages, Down(inputs, outputs, net.factors[-1], net.kernels[-1]),
+                     _shortcut(inputs, outputs, net.factors[-1], net, up=False))
 
 
 def synthesis(inputs: int, outputs: int, net: Net, style: Style, rows: bool, pixels: int,
@@ -102,9 +154,11 @@ def synthesis(inputs: int, outputs: int, net: Net, style: Style, rows: bool, pix
         pixels //= factor
         blocks = [Block(width, net.hidden, style, normative=normative, spatial=net.spatial[i], pixels=pixels, index=j)
                   for j in range(net.depths[i])]
-        stages.append(Stage(Up(inputs, width, factor, net.kernels[i + 1]), width, blocks, rows))
+        stages.append(Stage(Up(inputs, width, factor, net.kernels[i + 1]), width, blocks, rows,
+                            _shortcut(inputs, width, factor, net, up=True)))
         inputs = width
-    return Transform(stages, Up(inputs, outputs, net.factors[0], net.kernels[0]))
+    return Transform(stages, Up(inputs, outputs, net.factors[0], net.kernels[0]),
+                     _shortcut(inputs, outputs, net.factors[0], net, up=True))
 
 
 # --- entropy model: contexts and aggregation ----------------------------------------------------------------------
@@ -116,7 +170,7 @@ class LinearContext(nn.Module):
     def __init__(self, config: Config, before: int):
         super().__init__()
         c = config.context
-        self.first = nn.Linear(before, c.width)
+        self.first = Projection(before, c.width)
         self.row = QualityRow(c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.hidden, config.style, normative=True, shift=c.shift)
                                     for _ in range(c.depth))
@@ -138,7 +192,7 @@ class RwkvContext(nn.Module):
         self.first = Down(before, c.width, 1, 3)
         self.blocks = nn.ModuleList(
             Block(c.width, c.hidden, config.style, normative=True, shift=c.shift, index=i) for i in range(c.depth))
-        self.last = nn.Linear(c.width, 2 * group)
+        self.last = Projection(c.width, 2 * group)
         self.features = 2 * group
 
     def forward(self, x: Tensor, l: Tensor) -> Tensor:
@@ -148,6 +202,10 @@ class RwkvContext(nn.Module):
         return self.last(x)
 
 
+def gelu_of_bounded(x: Tensor) -> Tensor:
+    return pointwise.gelu(x, 8) if fusible(x) else F.gelu(bounded(x, -8, 8))
+
+
 class MlpAggregation(nn.Module):
     """Our small presets: one Linear over [channel | hyper] for both halves, plus one over the spatial context, GELU,
     Linear, GELU, then separate last layers for mean and ln scale (the mean wants more bits)."""
@@ -155,9 +213,9 @@ class MlpAggregation(nn.Module):
     def __init__(self, config: Config, features: int, group: int):
         super().__init__()
         d = config.context.width
-        self.first, self.row = nn.Linear(features, d), QualityRow(d)
-        self.spatial = nn.Linear(2 * group, d, bias=False)
-        self.middle = nn.Linear(d, d)
+        self.first, self.row = Projection(features, d), QualityRow(d)
+        self.spatial = Projection(2 * group, d, bias=False)
+        self.middle = Projection(d, d)
         self.mean, self.scale = nn.Linear(d, group), nn.Linear(d, group)
         for head in (self.mean, self.scale):
             nn.init.zeros_(head.weight)
@@ -168,7 +226,7 @@ class MlpAggregation(nn.Module):
 
     def forward(self, base: Tensor, spatial: Tensor | None) -> tuple[Tensor, Tensor]:
         x = base if spatial is None else base + self.spatial(bounded(spatial, -16, 16))
-        x = F.gelu(bounded(self.middle(F.gelu(bounded(x, -8, 8))), -8, 8))
+        x = gelu_of_bounded(self.middle(gelu_of_bounded(x)))
         return self.mean(x).clamp(-16, 16), self.scale(x)
 
 
@@ -178,7 +236,7 @@ class MixLayer(nn.Module):
     def __init__(self, inputs: int, outputs: int, clamped: bool):
         super().__init__()
         self.clamped = clamped
-        self.first, self.norm = nn.Linear(inputs, outputs), nn.LayerNorm(outputs)
+        self.first, self.norm = Projection(inputs, outputs), nn.LayerNorm(outputs)
         self.kr = Linear(outputs, 3 * outputs, bias=False)  # [hidden 2x | gate]
         self.out = Linear(2 * outputs, outputs, bias=False)
 
@@ -231,7 +289,7 @@ class GroupContext(nn.Module):
             else:
                 self.channel = ablations.ConvContext(before, group, wide=c.channel == "conv-plus")
             features += self.channel.features
-        self.taps = nn.Linear(12 * group, 2 * group)  # the masked 5x5 convolution as rows
+        self.taps = Projection(12 * group, 2 * group)  # the masked 5x5 convolution as rows
         if c.aggregation == "mlp":
             self.aggregate = MlpAggregation(config, features, group)
         elif c.aggregation == "mix":
@@ -277,7 +335,7 @@ class Lalic(nn.Module):
                                          else density.Factorized)(config.hyper_latents)
         if config.variable_rate:
             # ln of the step that is best for an orthonormal transform: step^2 = 26 / lambda on the 0..255 scale.
-            start = math.log(255 * math.sqrt(LAMBDA_0 / 26)) if config.init == "klt" else 0.0
+            start = math.log(255 * math.sqrt(LAMBDA_0 / 26)) if config.init != "torch" else 0.0
             gains = [[start] * m, [0.5] * m]  # exponent at l = 0, slope over l
             self.gain_enc, self.gain_dec = nn.Parameter(torch.tensor(gains)), nn.Parameter(torch.tensor(gains))
             self.register_buffer("ln_prior", torch.zeros(m))  # ln of y's deviation at l = 0; fixed at the start
@@ -291,12 +349,19 @@ class Lalic(nn.Module):
         """Scale indices below this are not coded: symbol 0."""
         return 0 if self.config.linear_scale else 1
 
-    def set_bf16(self, on: bool) -> None:
-        """bf16 in the block Linears of the free nets. y is never made or used in bf16."""
-        for net in (self.g_a, self.g_s, self.h_a):
-            for module in net.modules():
-                if isinstance(module, Linear):
-                    module.bf16 = on
+    def set_bf16(self, where: Literal["off", "free", "all"] | bool) -> None:
+        """Where the operands of products are bf16. "free" (True): in the blocks of the free nets, never for y.
+        "all": in training also in the resampling between these blocks and in the normative nets, but for means and
+        scales. Out of training the normative nets know no bf16: the range coder sees them."""
+        free: list[Any] = [self.g_a, self.g_s, self.h_a]
+        inside = {m for net in free for block in net.modules() if isinstance(block, Block) for m in block.modules()}
+        ends = {end.proj for net in free for end in (net.stages[0].resample, net.head)}     # picture, y and z
+        for module in self.modules():
+            if isinstance(module, Linear):
+                if module in inside:
+                    module.bf16 = "always" if where and where != "off" else "never"
+                else:
+                    module.bf16 = "training" if where == "all" and module not in ends else "never"
 
     def level(self, quality: Tensor | None, like: Tensor) -> Tensor:
         """quality (B,) -> l (B,)."""
@@ -314,7 +379,7 @@ class Lalic(nn.Module):
 
     def analyse(self, x: Tensor, l: Tensor) -> Tensor:
         """Picture (B, H, W, 3) -> y (B, H/16, W/16, M), scaled for rounding."""
-        y = self.g_a(x - 0.5 if self.config.init == "klt" else x, l)
+        y = self.g_a(x - 0.5 if self.config.init != "torch" else x, l)
         if self.config.variable_rate:
             y = y * torch.exp(self.gain_enc[0] + self.gain_enc[1] * l[:, None, None, None])
         return y
@@ -323,7 +388,7 @@ class Lalic(nn.Module):
         if self.config.variable_rate:
             y_hat = y_hat * torch.exp(-self.gain_dec[0] - self.gain_dec[1] * l[:, None, None, None])
         x = self.g_s(y_hat, l)
-        return x + 0.5 if self.config.init == "klt" else x
+        return x + 0.5 if self.config.init != "torch" else x
 
     def hyper_latent(self, y: Tensor, l: Tensor) -> Tensor:
         """z (B, H/64, W/64, Nz), not rounded."""
@@ -398,9 +463,10 @@ class Lalic(nn.Module):
                                 "z": z_likelihood.permute(0, 3, 1, 2)}}
 
     @torch.no_grad()
-    def plan(self, l: Tensor, z_size: tuple[int, int], z: Tensor | None = None,
-             y_q8: Tensor | None = None) -> Generator[Step, np.ndarray, Tensor]:
-        """The coding plan of one picture (entropy/walk.py). Tables: the scales first, then one a channel of z.
+    def plan(self, l: Tensor, z_size: tuple[int, int], z: np.ndarray | None = None,
+             y_q8: np.ndarray | None = None) -> Generator[Step, np.ndarray, np.ndarray]:
+        """The coding plan of one picture (entropy/walk.py) in float64, for models without an integer program; the same
+        steps as program.plan. Tables: the scales first, then one a channel of z.
 
         z (h, w, Nz) and y_q8 (H, W, M), integers, in the encoder; None in the decoder. y in steps of 1/256.
         Returns y_hat_q8 (H, W, M), int32. l is float64 here, and so are the normative nets.
@@ -408,12 +474,13 @@ class Lalic(nn.Module):
         scales, channels = self.config.scales, self.config.hyper_latents
         device = l.device
         table = np.tile(np.arange(scales, scales + channels, dtype=np.int32), z_size[0] * z_size[1])
-        symbols = yield Step(table, None if z is None else _flat(z))
+        symbols = yield Step(table, None if z is None else z.reshape(-1).astype(np.int32))
         z_hat = torch.from_numpy(symbols.astype(np.float64)).to(device).view(1, *z_size, channels) + self.density.median
         walk, known, at = self.parameters_in_order(z_hat, l), [], 0
         mean, ln_scale = next(walk)
         for k, g in enumerate(self.config.context.groups):
-            wanted = (None, None) if y_q8 is None else checkerboard.split(y_q8[None, ..., at : at + g].contiguous())
+            wanted = (None, None) if y_q8 is None else checkerboard.split(
+                torch.from_numpy(y_q8[None, ..., at : at + g]).to(device).contiguous())
             at += g
             halves: list[Tensor] = []
             for half in (0, 1):
@@ -432,32 +499,44 @@ class Lalic(nn.Module):
                 if half == 0 or k + 1 < len(self.contexts):
                     mean, ln_scale = walk.send(halves[half].double() / 256)
             known.append(checkerboard.join(*halves))
-        return torch.cat(known, 3)[0]
+        return torch.cat(known, 3)[0].cpu().numpy()
 
     @torch.no_grad()
     def init_klt(self, crops: Tensor) -> None:
         """Start as a hierarchical KLT codec. crops (N, 64, 64, 3) in [0, 1], a few hundred at random.
 
         The encoder's Linears become principal axes, the decoder's their transposes; blocks are silent at the start.
-        The largest single effect of all that was measured (research notes, training recipe 4).
+        The largest single effect of all that was measured (research notes, training recipe 4). With init "orthogonal"
+        the axes are random. A shortcut takes half of its stage's axes.
         """
         t = crops - 0.5
-        downs: list[Any] = [*(s.resample for s in self.g_a.stages), self.g_a.head]
-        ups: list[Any] = [self.g_s.head, *(s.resample for s in reversed(self.g_s.stages))]
+        downs: list[Any] = [*self.g_a.stages, self.g_a]
+        ups: list[Any] = [self.g_s, *reversed(self.g_s.stages)]
         for down, up in zip(downs, ups):
-            rows = space_to_depth(t, down.factor) if down.factor > 1 else t
-            axes = _principal_axes(rows, down.proj.out_features)
-            for linear, weight in ((down.proj, axes), (up.proj, axes.T)):
+            narrow, widen = _resampling(down), _resampling(up)
+            rows, n = space_to_depth(t, narrow.factor) if narrow.factor > 1 else t, narrow.proj.out_features
+            axes = _principal_axes(rows, n) if self.config.init == "klt" else _random_axes(rows.shape[-1], n).to(t)
+            for shortcut in (down.shortcut, up.shortcut):
+                if shortcut is not None:
+                    shortcut.proj.weight.normal_(0, 1e-3)
+                    shortcut.proj.weight[: len(axes)] = shortcut.bands(axes)
+                    shortcut.gain.fill_(0.5)
+            share = 1.0 if down.shortcut is None else 0.5
+            for linear, weight in ((narrow.proj, share * axes), (widen.proj, share * axes.T)):
                 linear.weight.normal_(0, 1e-3)
                 linear.bias.zero_()
                 linear.weight[: weight.shape[0], : weight.shape[1]] = weight
-            t = down(t)
+            t = narrow(t) if down.shortcut is None else narrow(t) + down.shortcut(t)
         deviation = t.reshape(-1, t.shape[-1]).std(0)
         self.ln_prior.copy_(torch.log(deviation * torch.exp(self.gain_enc[0]) + 1e-4))
 
 
 def _flat(x: Tensor) -> np.ndarray:
     return x.reshape(-1).to(torch.int32).cpu().numpy()
+
+
+def _resampling(part: Any) -> Any:
+    return part.head if isinstance(part, Transform) else part.resample
 
 
 def _principal_axes(x: Tensor, rows: int) -> Tensor:
@@ -467,3 +546,8 @@ def _principal_axes(x: Tensor, rows: int) -> Tensor:
     axes = torch.linalg.eigh(x.T @ x / len(x))[1].flip(1).T
     axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1.0, 1.0)  # a sign that does not depend on LAPACK
     return axes[:rows].float()
+
+
+def _random_axes(inputs: int, rows: int) -> Tensor:
+    """Orthonormal rows, at most `rows` and `inputs`: (n, inputs)."""
+    return nn.init.orthogonal_(torch.empty(min(rows, inputs), inputs))

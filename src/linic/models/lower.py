@@ -240,6 +240,17 @@ class _Lower:
         assert isinstance(shift, OmniShift)
         return self.b.depthwise(x, f"{name}.shift", shift.kernel().double().detach().numpy(), fit(self.peak(shift), 11))
 
+    def last(self, x: str, mix: SpatialMix | ChannelMix | MixLayer, bits: int, limit: int) -> str:
+        """The Linear at a mix's end; the paper's layer scale goes into its rows."""
+        gamma: Any = getattr(mix, "gamma", None)
+        if gamma is None:
+            return self.linear(x, mix.out, bits, limit)
+        gamma = gamma.double().detach().numpy()
+        y = self.linear(x, mix.out, bits, limit, weight=mix.out.weight.double().detach().numpy() * gamma[:, None])
+        scale = self.b.scales[f"{self.names[id(mix.out)]}.weight"]      # gives the float Linear back, without gamma
+        np.divide(scale, gamma, out=scale, where=gamma != 0)
+        return y
+
     def spatial_mix(self, x: str, mix: SpatialMix, limit: int) -> str:
         b, name, c = self.b, self.names[id(mix)], mix.out.in_features
         s = self.normed(x, mix, mix.shift)
@@ -255,7 +266,7 @@ class _Lower:
             k = b.slice(kvr, f"{name}.k", 0, c, 10)
             w, u = (t.double().detach().numpy() for t in mix.decay(1, mix.out.weight.new_zeros(1, c)))
             v = b.biwkv(k, v, name, w, u)
-        y = self.linear(b.gate(r, v, f"{name}.gated"), mix.out, b.bits[x], limit)
+        y = self.last(b.gate(r, v, f"{name}.gated"), mix, b.bits[x], limit)
         return b.add(x, y, f"{name}.sum", limit)
 
     def channel_mix(self, x: str, mix: ChannelMix | MixLayer, limit: int) -> str:
@@ -266,7 +277,7 @@ class _Lower:
         kr = self.rounded(s, self.names[id(mix.kr)], mix.kr.weight.double().detach().numpy(), None, parts)
         k = b.slice(kr, f"{name}.k", 0, hidden, bits)
         r = b.slice(kr, f"{name}.r", hidden, hidden + c, GATE_BITS)
-        y = self.linear(b.square(k, f"{name}.square"), mix.out, b.bits[x], limit)
+        y = self.last(b.square(k, f"{name}.square"), mix, b.bits[x], limit)
         return b.add(x, b.gate(r, y, f"{name}.gated"), f"{name}.sum", limit)
 
     def base(self, net: GroupContext, hyper: str, known: list[str], k: int) -> str:
