@@ -2,6 +2,7 @@
 import random
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import torch
 from PIL import Image
 
 import linic
+import small_models
 from linic import codec, container, weights
-from linic.errors import Damaged, LatentsMismatch, LimitExceeded, ModelMissing, NotLinic, PictureError, UsageError
+from linic.errors import (
+    Damaged,
+    LatentsMismatch,
+    LimitExceeded,
+    ModelMissing,
+    NotLinic,
+    PictureError,
+    Unsupported,
+    UsageError,
+)
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
 
@@ -97,7 +108,7 @@ def test_metadata_travels_unchanged(small, photo):
 def test_a_header_takes_at_most_64_bytes(small):
     told = linic.info(small[1])
     assert told["bytes"] - told["payload"] <= 64
-    assert told["model"] == "lalic-xs" and told["quality"] == [30] and told["arithmetic"] == "float64"
+    assert told["model"] == "lalic-xs" and told["quality"] == [30] and told["arithmetic"] == "integers"
 
 
 @pytest.mark.parametrize("quality", [-1, 101, 50.5, "50", True, None])
@@ -218,6 +229,74 @@ def test_a_model_of_ones_own_codes_by_path_and_by_folder(tmp_path, monkeypatch, 
     monkeypatch.setenv("LINIC_MODELS", str(tmp_path))
     assert linic.decode(data).tobytes() == first.tobytes()
     assert linic.encode(image, quality=80, model="mine") == data
+
+
+def test_a_model_without_a_program_codes_in_floats_and_its_files_say_so(tmp_path, photo):
+    path = tmp_path / "floats.safetensors"
+    weights.save(path, small_models.randomised(small_models.small("ablation-xs-column")), {"name": "floats"})
+    data = linic.encode(photo.crop((0, 0, 70, 40)), quality=50, model=path)
+    assert linic.info(data)["arithmetic"] == "float64"
+    assert linic.decode(data, model=path).size == (70, 40)
+    with pytest.raises(Unsupported, match="decode it to verify it"):
+        codec.verify(data, path)
+
+
+def test_a_file_that_claims_the_other_arithmetic_is_refused(small):
+    claimed = replace(container.parse(small[1]), arithmetic=container.FLOAT64)
+    with pytest.raises(Damaged, match="not that of lalic-xs"):
+        linic.decode(container.build(claimed))
+    with pytest.raises(Unsupported, match="floats"):
+        codec.verify(container.build(claimed))
+
+
+def test_verifying_gives_what_was_coded_or_the_same_errors_as_decoding(small):
+    told = codec.verify(small[1])
+    assert told["tiles"] == 1 and told["symbols"] == 8 * 8 * 256 and len(told["latents"]) == 64
+    file = container.parse(small[1])
+    with pytest.raises(LatentsMismatch):
+        codec.verify(container.build(replace(file, tiles=[replace(file.tiles[0], checksum=1)])))
+    with pytest.raises(ModelMissing):
+        codec.verify(container.build(replace(file, digest=bytes(8))))
+
+
+# Decompression bombs: a few bytes that claim much.
+
+
+def claim(width, height, tiles_x=1, tiles_y=1, **more):
+    """A file of that size, right in all else: the shipped model's digest, empty payloads."""
+    tiles = [container.Tile(50, b"")] * (tiles_x * tiles_y)
+    digest = b"" if more else weights.load_program("lalic-xs")[2]
+    return container.build(container.Image(width, height, tiles, model=1, digest=digest, tiles_x=tiles_x,
+                                           tiles_y=tiles_y, arithmetic=container.INTEGERS, **more))
+
+
+BOMBS = {
+    "all pixels there can be": (lambda: claim(1 << 24, 1 << 24), {}),
+    "one row beyond the limit": (lambda: claim(1 << 24, 5), {}),
+    "many tiles": (lambda: claim(1 << 14, 1 << 14, 256, 256), {}),
+    "compact": (lambda: claim(1 << 16, 1 << 16, profile=container.COMPACT), {}),
+    "a tile above 2048x2048": (lambda: claim(2049, 2048), {}),
+    "a tile of the whole limit": (lambda: claim(1 << 13, 1 << 13), {}),
+    "a compact tile": (lambda: claim(1 << 13, 1 << 13, profile=container.COMPACT), {}),
+    "without a limit on pixels": (lambda: claim(1 << 24, 1 << 24), {"max_pixels": None}),
+    "uneven tiles": (lambda: claim(1 << 13, 64 * 33, 3, 1), {}),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("reader", [linic.decode, codec.verify])
+def test_a_file_that_claims_too_much_is_refused_before_memory_is_taken(name, reader):
+    make, options = BOMBS[name]
+    data = make()
+    with pytest.raises(LimitExceeded):      # once before, so that the model itself is not counted
+        reader(data, **options)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LimitExceeded):
+            reader(data, **options)
+        assert tracemalloc.get_traced_memory()[1] < (64 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_importing_linic_reading_info_and_help_load_neither_torch_nor_numpy(tmp_path, small):

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linic.container import COMPACT, MAX_PIXELS, METADATA, MODEL_CODES, Image, Tile, build, parse, sniff
+from linic.container import (
+    COMPACT,
+    FLOAT64,
+    INTEGERS,
+    MAX_PIXELS,
+    METADATA,
+    MODEL_CODES,
+    Image,
+    Tile,
+    build,
+    parse,
+    sniff,
+)
 from linic.container.full import SIGNATURE, read_varint, varint
 from linic.errors import (
     Damaged,
@@ -27,7 +39,7 @@ DIGEST = bytes(range(8))
 SMALL = Image(17, 5, [Tile(40, b"abc", 0x01020304)], model=1, digest=DIGEST)
 RICH = Image(130, 70, [Tile(i, b"p" * i, i) for i in range(6)], "L", 0, DIGEST, 3, 2,
              metadata={"ICCP": b"profile", "TEXT": "näher".encode()}, unknown=[("noTE", b"later")])
-TINY = Image(768, 512, [Tile(9, b"stream", 0xBEEF)], model=17, profile=COMPACT)
+TINY = Image(768, 512, [Tile(9, b"stream", 0xBEEF)], model=17, arithmetic=INTEGERS, profile=COMPACT)
 
 
 def chunk(tag, body, length=None):
@@ -54,7 +66,7 @@ def test_golden_bytes_of_a_full_file():
 
 def test_golden_bytes_of_a_compact_file():
     assert build(TINY).hex() == "8d" "11" "09" "2ff1ff" "beef" + b"stream".hex()
-    large = Image(4097, 2, [Tile(100, b"", 1)], model=18, profile=COMPACT)
+    large = Image(4097, 2, [Tile(100, b"", 1)], model=18, arithmetic=INTEGERS, profile=COMPACT)
     assert build(large).hex() == "8d" "12" "e4" "10000001" "0001"
     assert parse(build(large)) == large
 
@@ -88,7 +100,8 @@ def images(draw):
         metadata["TEXT"] = draw(st.text(max_size=50)).encode()
     unknown = draw(st.dictionaries(st.sampled_from(["abcd", "x_99"]), st.binary(max_size=20)))
     return Image(width, height, tiles, draw(st.sampled_from(["RGB", "L"])), draw(st.integers(0, 65535)),
-                 draw(st.binary(min_size=8, max_size=8)), across, down, metadata=metadata, unknown=[*unknown.items()])
+                 draw(st.binary(min_size=8, max_size=8)), across, down, draw(st.sampled_from([FLOAT64, INTEGERS])),
+                 metadata=metadata, unknown=[*unknown.items()])
 
 
 @settings(max_examples=300, deadline=None)
@@ -105,7 +118,7 @@ def test_what_was_built_is_parsed_and_little_is_added(image):
 @given(st.integers(1, 65536), st.integers(1, 65536), st.integers(0, 127), st.binary(max_size=50),
        st.integers(0, 65535), st.sampled_from(sorted(MODEL_CODES)))
 def test_a_compact_file_has_eight_bytes_beside_its_payload_nine_when_large(w, h, quality, payload, checksum, model):
-    image = Image(w, h, [Tile(quality, payload, checksum)], model=model, profile=COMPACT)
+    image = Image(w, h, [Tile(quality, payload, checksum)], model=model, arithmetic=INTEGERS, profile=COMPACT)
     data = build(image)
     assert len(data) == len(payload) + (9 if max(w, h) > 4096 else 8)
     assert sniff(data) == (len(data) >= 8) and parse(data, max_pixels=None) == image
@@ -229,7 +242,7 @@ FULL_ERRORS = {
     "short HEAD": (SIGNATURE + chunk(b"HEAD", b"\0\1\0") + DATA, Truncated, "HEAD has 3 bytes"),
     "newer version": (SIGNATURE + head(version=1) + DATA, Unsupported, "version 1; this linic reads version 0"),
     "mode": (SIGNATURE + head(mode=2) + DATA, Unsupported, "mode 2"),
-    "arithmetic": (SIGNATURE + head(arithmetic=1) + DATA, Unsupported, "arithmetic 1"),
+    "arithmetic": (SIGNATURE + head(arithmetic=2) + DATA, Unsupported, "arithmetic 2"),
     "no width": (SIGNATURE + head(numbers=(0, 5, 1, 1, 1)) + DATA, Damaged, "width is 0"),
     "no height": (SIGNATURE + head(numbers=(5, 0, 1, 1, 1)) + DATA, Damaged, "height is 0"),
     "wide": (SIGNATURE + head(numbers=((1 << 24) + 1, 1, 1, 1, 1)) + DATA, Damaged, "width is 16777217"),
@@ -259,7 +272,7 @@ def test_each_fault_has_its_error_and_says_so(case):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"version": 1}, "version 1"), ({"mode": "RGBA"}, "mode RGBA"), ({"arithmetic": 1}, "arithmetic 1"),
+    [({"version": 1}, "version 1"), ({"mode": "RGBA"}, "mode RGBA"), ({"arithmetic": 2}, "arithmetic 2"),
      ({"width": 0}, "size of 0x5"), ({"height": (1 << 24) + 1}, "size of 17x16777217"), ({"digest": b""}, "digest"),
      ({"model": -1}, "model code -1"), ({"tiles_x": 2}, "2x1 tiles for"), ({"tiles": []}, "0 tiles where"),
      ({"tiles": [Tile(256, b"")]}, "quality above"), ({"tiles": [Tile(0, b"", 1 << 32)]}, "quality above"),
@@ -277,7 +290,7 @@ def test_a_full_file_that_cannot_be_said_is_not_built(change, message):
      ({"mode": "L"}, "mode L"),
      ({"model": 4}, "unregistered model code 4"), ({"width": 65537}, "65537x512"), ({"height": 0}, "768x0"),
      ({"tiles": [Tile(128, b"")]}, "quality 128"), ({"tiles": [Tile(0, b"", 65536)]}, "checksum 65536"),
-     ({"arithmetic": 1}, "arithmetic")])
+     ({"arithmetic": FLOAT64}, "arithmetic")])
 def test_a_compact_file_that_cannot_be_said_is_not_built(change, message):
     with pytest.raises(UsageError, match=message):
         build(replace(TINY, **change))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from linic import weights
 from linic.errors import ModelMissing, WeightsError
 from linic.models import build
+from small_models import randomised, small
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,34 @@ def poison(t):
 
 
 def swap(t):
-    t["net.h_s.head.proj.bias"][3] += 1
+    t["int.h_s.head.proj.weight"][3] += 1
+
+
+def move(t):
+    freqs = t["tables.freqs"].long()
+    freqs[:2] += torch.tensor([1, -1])
+    t["tables.freqs"] = freqs.to(torch.uint32)
 
 
 def starve(t):
     t["tables.freqs"][0] = 0
 
 
+def halves(t):
+    t["tables.freqs"] = t["tables.freqs"].to(torch.bfloat16)
+
+
+def thin(t):
+    t["net.h_s.head.proj.bias"] = torch.ones(t["net.h_s.head.proj.bias"].shape, dtype=torch.int8)
+    t["net.h_s.head.proj.bias::scale"] = torch.ones(1)
+
+
 def huge(card):
     card["config"]["transform"]["widths"] = [1 << 20, 128, 256]
+
+
+def deep(card):
+    card["config"]["transform"]["depths"] = [4096, 4096, 4096]
 
 
 def wide(card):
@@ -86,9 +106,23 @@ def wide(card):
     (reshape, None, "the file has \\(7,\\)"),
     (poison, None, "not finite"),
     (swap, None, "digest"),
-    (starve, None, "digest"),
+    (move, None, "digest"),
+    (starve, None, "smallest frequency"),
+    (halves, None, "tables.freqs is torch.bfloat16"),
+    (thin, None, "no scale for each row"),
+    (lambda t: t.pop("tables.lows"), None, "tables.lows"),
+    (lambda t: t.pop("int.table.exp"), None, "'table.exp' is not in the file"),
+    (None, lambda c: c["program"][-1].reverse(), "no operator"),
+    (None, lambda c: c["program"].append(["slice", "more", ["y"], [], [0, 1]]), "digest"),
+    (None, lambda c: c.update(program=None), "digest"),
+    (None, lambda c: c["config"].update(scales=127), "tables; the program needs|index out of range"),
+    (None, lambda c: c["config"].update(scales="128"), "scales"),
+    (None, lambda c: c["config"].update(transform=5), "transform"),
+    (None, lambda c: c.update(name="../../elsewhere"), "its name is none"),
     (None, huge, "whole numbers up to 4096"),
     (None, wide, "should have shape"),
+    (None, deep, "claims 24.* blocks"),
+    (None, lambda c: c["config"]["context"].update(depth=4096), "blocks"),
     (None, lambda c: c.update(format=99), "weight format 99"),
     (None, lambda c: c["config"].update(latents="many"), "latents"),
     (None, lambda c: c.pop("config"), "no linic card"),
@@ -97,6 +131,54 @@ def test_a_weight_file_that_is_not_right_is_refused_with_its_reason(file, tmp_pa
     bad = rewrite(file[0], tmp_path / "bad.safetensors", tensors, card)
     with pytest.raises(WeightsError, match=message):
         weights.load(bad)
+
+
+def test_what_the_normative_networks_were_as_floats_steers_nothing(file, tmp_path):
+    """They are kept for training on; the program decides."""
+    def other(t):
+        t["net.h_s.head.proj.bias"] += 1
+
+    path = rewrite(file[0], tmp_path / "other.safetensors", other)
+    assert weights.load(path).digest == weights.load(file[0]).digest == weights.load_program(path)[2]
+
+
+def test_without_a_program_the_floats_are_what_the_digest_covers(tmp_path):
+    path = tmp_path / "floats.safetensors"
+    weights.save(path, randomised(small("ablation-xs-column")), {"name": "floats"})
+    assert weights.load(path).program is None
+    with pytest.raises(WeightsError, match="no integer program"):
+        weights.load_program(path)
+
+    def other(t):
+        t["net.h_s.head.proj.bias"] += 1
+
+    with pytest.raises(WeightsError, match="digest"):
+        weights.load(rewrite(path, tmp_path / "bad.safetensors", other))
+
+
+@pytest.mark.parametrize("change", [halves, swap, move, starve, lambda t: t.pop("tables.lows")])
+def test_the_program_alone_is_refused_as_the_whole_file_is(file, tmp_path, change):
+    with pytest.raises(WeightsError):
+        weights.load_program(rewrite(file[0], tmp_path / "bad.safetensors", change))
+
+
+def test_latents_that_the_configuration_does_not_have_are_refused(file, tmp_path):
+    bad = rewrite(file[0], tmp_path / "bad.safetensors", None, lambda c: c["config"].update(latents=255))
+    with pytest.raises(WeightsError, match="codes 256 latents"):
+        weights.load_program(bad)
+
+
+def test_a_header_that_nests_without_end_is_refused(tmp_path):
+    header = b'{"__metadata__": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (tmp_path / "deep.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(WeightsError, match="card"):
+        weights.read_card(tmp_path / "deep.safetensors")
+
+
+def test_a_card_without_a_program_hides_no_other_model(file, tmp_path, monkeypatch):
+    rewrite(file[0], tmp_path / "old.safetensors", None, lambda c: c.pop("program"))
+    monkeypatch.setenv("LINIC_MODELS", str(tmp_path))
+    assert {"tiny", "lalic-xs"} <= {m["name"] for m in weights.available() if "error" not in m}
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])

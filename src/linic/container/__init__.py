@@ -9,6 +9,7 @@ from linic.container.compact import FIRST, build_compact, parse_compact, sniff_c
 from linic.container.full import SIGNATURE, build_full, parse_full
 from linic.container.image import (
     ARITHMETICS,
+    CELL,
     COMPACT,
     FLOAT64,
     FULL,
@@ -17,6 +18,7 @@ from linic.container.image import (
     METADATA,
     MODEL_CODES,
     MODES,
+    TILE,
     VERSION,
     Image,
     Tile,
@@ -25,8 +27,8 @@ from linic.container.image import (
 )
 from linic.errors import NotLinic, Truncated
 
-__all__ = ["ARITHMETICS", "COMPACT", "FLOAT64", "FULL", "INTEGERS", "MAX_PIXELS", "METADATA", "MODEL_CODES", "MODES",
-           "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff", "tiling"]
+__all__ = ["ARITHMETICS", "CELL", "COMPACT", "FLOAT64", "FULL", "INTEGERS", "MAX_PIXELS", "METADATA", "MODEL_CODES",
+           "MODES", "TILE", "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff", "tiling"]
 
 
 def build(image: Image) -> bytes:

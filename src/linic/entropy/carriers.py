@@ -1,5 +1,7 @@
 """How integer matrix products are carried: any way whose sums are exact is allowed, the result is the same.
 
+    native  int32 by compiled multiply-adds of 16-bit pairs, requantised at once; every other operator is compiled then
+            as well (native.py); sums beyond int32 are f64's; CPU only
     int8    7-bit digits of x times 7-bit digits of w, by torch._int_mm (u8 x s8): |digit| <= 127 cannot saturate
     f32     the same digits by float32 products, in runs of at most 1,032 channels: sums stay below 2^24
     f64     one float64 product: sums stay below 2^53, which every program is checked for
@@ -18,14 +20,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from linic.entropy import native
 from linic.errors import BackendMissing, UsageError
 
-Product = Callable[[Tensor], Tensor]        # (R, K) int32 -> (R, N): float64, or int64 from i64
+Product = Callable[[Tensor], Tensor]        # (R, K) int32 -> (R, N): float64, or int64 from i64 and native
 RUN = 1032                                  # 127 * 127 * 1032 < 2^24
 # int8 and f32 take one product a digit pair: two for 8-bit weights, four for 14-bit ones.
-PREFERRED = {("cpu", 8): ("int8", "f64", "i64"), ("cpu", 14): ("f64", "i64"), ("cuda", 8): ("int8", "f64", "f32"),
-             ("cuda", 14): ("f64", "f32")}
-CARRIERS = ("int8", "f32", "f64", "i64")
+PREFERRED = {("cpu", 8): ("native", "int8", "f64", "i64"), ("cpu", 14): ("native", "f64", "i64"),
+             ("cuda", 8): ("int8", "f64", "f32"), ("cuda", 14): ("f64", "f32")}
+CARRIERS = ("native", "int8", "f32", "f64", "i64")
 
 
 def _i64(weight: Tensor) -> Product:
@@ -96,7 +99,8 @@ def _f32(weight: Tensor) -> Product:
     return _by_digits(weight, product, lambda w: w.t().float().contiguous(), pad=False)
 
 
-_MAKERS: dict[str, Callable[[Tensor], Product]] = {"int8": _int8, "f32": _f32, "f64": _f64, "i64": _i64}
+_MAKERS: dict[str, Callable[[Tensor], Product]] = {"native": native.product, "int8": _int8, "f32": _f32, "f64": _f64,
+                                                  "i64": _i64}
 
 
 def carry(name: str, weight: Tensor) -> Product:
@@ -117,8 +121,12 @@ def _lcg(count: int, modulus: int, seed: int) -> Tensor:
 def self_test(name: str, device: str, bits: int, shapes: tuple[tuple[int, int], ...]) -> str:
     """"" when the carrier gives int64's sums on worst cases of these (N, K), else what went wrong."""
     top, noise = 2 ** (bits - 1) - 1, _lcg(4096, 1 << 14, 1)
+    if name == "native" and (problem := "it runs on cpu" if device != "cpu" else native.self_test()):
+        return problem
     try:
         for n, k in shapes:
+            if name == "native":
+                top = min(2 ** (bits - 1) - 1, 262143 // k)     # sums of int32, as far as they go
             x = noise.repeat(-(-17 * k // 4096))[: 17 * k].view(17, k) - 8192
             x[0], x[1], x[2] = 8191, -8192, torch.where(torch.arange(k) % 2 == 0, 8191, -8192)
             w = (noise.flip(0).repeat(-(-n * k // 4096))[: n * k].view(n, k) % (2 * top + 1)) - top

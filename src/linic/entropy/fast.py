@@ -1,7 +1,8 @@
 """Normative programs on torch: the same integers as operators.py, which defines and documents every operator.
 
 Registers are int32. Where sums or products need more, float64 carries them: every value below 2^53 is exact, and the
-checks at load have made sure of it; a rescaling beyond that takes int64.
+checks at load have made sure of it; a rescaling beyond that takes int64. Where the carrier is `native`, compiled
+kernels (native.py) take the place of all this but the moving of pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linic.entropy import carriers
+from linic.entropy.native import Native
 from linic.entropy.operators import EXACT, EXP_FIRST, FALL_FIRST, SPAN, TAPS, Ints, Op
 from linic.entropy.program import Program
 
@@ -30,6 +32,7 @@ class Torch:
         self._products: dict[str, carriers.Product] = {}
         self._ready: dict[str, tuple[Tensor, ...]] = {}
         self._cache: dict[Any, Any] = {}
+        self._native: Native | None = None
         self._prepare()
 
     def _prepare(self) -> None:
@@ -41,9 +44,15 @@ class Torch:
             shapes = {tuple(self.tensors[op.tensors[0]].shape) for op in ops}
             largest = sorted(shapes, key=lambda s: s[0] * s[1])[-3:]        # few, and the worst: 50 ms in all
             self.carriers[bits] = carriers.choose(self.device.type, bits, largest, self._asked)      # type: ignore[arg-type]
+        if self.carriers and all(name == "native" for name, _ in self.carriers.values()):
+            self._native = Native(self.program.ops, self.program.tensors, self.program.specs, self._plain)
         made: dict[tuple[str, str], carriers.Product] = {}
         for op in linears:
             name = self.carriers[self._bits(op)][0]
+            if name == "native":
+                if self._native and op.out not in self._native.left:
+                    continue
+                name = "f64"
             if (self.program.specs[op.args[0]].largest > 8191).any():
                 name = "i64" if name == "i64" else "f64"        # digits have 14 bits
             key = op.tensors[0], name           # lines may share weights, at inputs of different width
@@ -59,12 +68,17 @@ class Torch:
     def _bits(self, op: Op) -> int:
         return 8 if self.tensors[op.tensors[0]].abs().max() <= 127 else 14
 
-    def run(self, op: Op, quality: int, inputs: Sequence[Tensor]) -> Tensor:
+    def run(self, op: Op, quality: int, inputs: Sequence[Any]) -> Any:
+        """A register: a tensor, or what `numpy` and later lines make one of (native.py)."""
+        return self._native.run(op, quality, inputs) if self._native else self._plain(op, quality, *inputs)
+
+    def _plain(self, op: Op, quality: int, *inputs: Tensor) -> Tensor:
         result: Tensor = getattr(self, f"_{op.kind}")(op, quality, *inputs)
         return result
 
-    def numpy(self, register: Tensor) -> Ints:
-        return register.cpu().numpy()
+    def numpy(self, register: Any) -> Ints:
+        tensor: Tensor = self._native.tensor(register) if self._native else register
+        return tensor.cpu().numpy()
 
     def register(self, values: Ints) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(self.device)
@@ -137,6 +151,16 @@ class Torch:
         num, den = total(p * v64, q * v64, s * v64), total(p, q, s)
         y = torch.div(num.add_(den >> 1), den, rounding_mode="floor").int()
         return y.transpose(1, 2).reshape(b, h, w, c)
+
+    def _recurrence(self, op: Op, quality: int, *registers: Tensor) -> Tensor:
+        decay, bonus, exp = (self._int64(name) for name in op.tensors)
+        k, v = torch.stack(registers[::2]).long(), torch.stack(registers[1::2]).long()
+        steps = torch.arange(len(k) - 2, -2, -1, device=self.device)[:, None, None, None, None]
+        x = (k - k.amax(0)).clamp_min_(-SPAN)
+        z = torch.where(steps >= 0, (x - steps * decay).clamp_min_(EXP_FIRST), x + bonus)
+        a = exp.index_select(0, (z - EXP_FIRST).reshape(-1)).view(z.shape)
+        num, den = (a * v).sum(0), a.sum(0)
+        return torch.div(num.add_(den >> 1), den, rounding_mode="floor").int()
 
     def _distances(self, name: str, t: int, fall: str) -> tuple[Tensor, Tensor, Tensor]:
         """e (C, T), FALL[-e_{t-1}] for t >= 1, FALL[e_{t+1}] for t < T - 1."""

@@ -188,8 +188,13 @@ def load(name: str | os.PathLike[str]) -> Weights:
         if str(tensor.dtype).removeprefix("torch.") not in _TYPES:
             raise WeightsError(f"{path}: {key} is {tensor.dtype}, not one of {', '.join(_TYPES)}")
     try:
+        config = from_dict(card["config"], f"{path}: config")
+        nets = config.transform, config.hyper
+        blocks = 2 * sum(sum(net.depths) for net in nets) + len(config.context.groups) * config.context.depth
+        if blocks > len(tensors):       # each has several
+            raise WeightsError(f"{path}: {len(tensors)} tensors, and its configuration claims {blocks} blocks")
         with torch.device("meta"):  # shapes only: a hostile configuration must not take memory
-            model = build(from_dict(card["config"], f"{path}: config"))
+            model = build(config)
     except UsageError as error:
         raise WeightsError(str(error)) from error
     state = {}
