@@ -47,7 +47,7 @@ def chunk(tag, body, length=None):
     return covered + crc32(covered).to_bytes(4, "big")
 
 
-def head(version=0, mode=1, arithmetic=0, digest=DIGEST, numbers=(17, 5, 1, 1, 1), tail=b""):
+def head(version=1, mode=1, arithmetic=0, digest=DIGEST, numbers=(17, 5, 1, 1, 1), tail=b""):
     return chunk(b"HEAD", bytes([version, mode, arithmetic]) + digest + b"".join(map(varint, numbers)) + tail)
 
 
@@ -60,7 +60,7 @@ DATA = chunk(b"DATA", b"\x28abc\1\2\3\4")
 def test_golden_bytes_of_a_full_file():
     """If this fails, old files no longer decode: a new version is due, not a new number."""
     assert build(SMALL).hex() == (
-        "8c4c4e430d0a1a0a" "48454144" "10" "000100" "0001020304050607" "11" "05" "01" "01" "01" "4da74921"
+        "8c4c4e430d0a1a0a" "48454144" "10" "010100" "0001020304050607" "11" "05" "01" "01" "01" "e3cfd8b0"
         "44415441" "08" "28" "616263" "01020304" "d0c59faf")
 
 
@@ -239,8 +239,8 @@ FULL_ERRORS = {
     "length beyond the file": (SIGNATURE + b"HEAD\x40" + bytes(9), Truncated, "claims 64 bytes, 5 remain"),
     "length beyond the limit": (SIGNATURE + b"HEAD" + varint(1 << 20), Damaged, "the format allows 327744"),
     "ancillary beyond the limit": (SIGNATURE + head() + b"exTR" + varint(1 << 25), Damaged, "the format allows"),
-    "short HEAD": (SIGNATURE + chunk(b"HEAD", b"\0\1\0") + DATA, Truncated, "HEAD has 3 bytes"),
-    "newer version": (SIGNATURE + head(version=1) + DATA, Unsupported, "version 1; this linic reads version 0"),
+    "short HEAD": (SIGNATURE + chunk(b"HEAD", b"\1\1\0") + DATA, Truncated, "HEAD has 3 bytes"),
+    "newer version": (SIGNATURE + head(version=2) + DATA, Unsupported, "version 2; this linic reads version 1"),
     "mode": (SIGNATURE + head(mode=2) + DATA, Unsupported, "mode 2"),
     "arithmetic": (SIGNATURE + head(arithmetic=2) + DATA, Unsupported, "arithmetic 2"),
     "no width": (SIGNATURE + head(numbers=(0, 5, 1, 1, 1)) + DATA, Damaged, "width is 0"),
@@ -272,7 +272,7 @@ def test_each_fault_has_its_error_and_says_so(case):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"version": 1}, "version 1"), ({"mode": "RGBA"}, "mode RGBA"), ({"arithmetic": 2}, "arithmetic 2"),
+    [({"version": 0}, "version 0"), ({"mode": "RGBA"}, "mode RGBA"), ({"arithmetic": 2}, "arithmetic 2"),
      ({"width": 0}, "size of 0x5"), ({"height": (1 << 24) + 1}, "size of 17x16777217"), ({"digest": b""}, "digest"),
      ({"model": -1}, "model code -1"), ({"tiles_x": 2}, "2x1 tiles for"), ({"tiles": []}, "0 tiles where"),
      ({"tiles": [Tile(256, b"")]}, "quality above"), ({"tiles": [Tile(0, b"", 1 << 32)]}, "quality above"),

@@ -2,7 +2,7 @@
 
 Its CRC-16 covers latents, so parse cannot verify it: whoever decodes them compares `Image.checksum` with the tile's.
 """
-from linic.container.image import COMPACT, INTEGERS, MODEL_CODES, Image, Tile, check_size
+from linic.container.image import COMPACT, INTEGERS, MODEL_CODES, VERSION, Image, Tile, check_size
 from linic.errors import Damaged, Truncated, Unsupported, UsageError
 
 FIRST = 0x8D
@@ -26,7 +26,7 @@ def build_compact(image: Image) -> bytes:
             (image.metadata or image.unknown, "metadata"),
             (image.mode != "RGB", f"mode {image.mode}"),
             (image.model not in MODEL_CODES, f"the unregistered model code {image.model}"),
-            (image.version != 0 or image.arithmetic != INTEGERS, "another version than 0 or arithmetic than integers"),
+            (image.version != VERSION or image.arithmetic != INTEGERS, f"another version than {VERSION} or arithmetic than integers"),
             (not 1 <= min(image.width, image.height) <= max(image.width, image.height) <= LARGE_SIDE,
              f"a size of {image.width}x{image.height}")):
         if wrong:

@@ -7,7 +7,7 @@ from zlib import crc32
 
 from linic.errors import LimitExceeded
 
-VERSION = 0
+VERSION = 1
 FULL, COMPACT = "full", "compact"
 MODES = {0: "L", 1: "RGB"}
 FLOAT64, INTEGERS = 0, 1
