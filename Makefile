@@ -15,7 +15,7 @@ lint: .venv/ready
 	$(PY) -m mypy
 
 # Made again when the list of packages or the compiled sources change.
-.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/linic/kernels/*.cpp src/linic/kernels/*.inc src/linic/kernels/*/*.inc)
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/linic/kernels/*.cpp src/linic/kernels/*.inc src/linic/kernels/*/*.cpp src/linic/kernels/*/*.inc)
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

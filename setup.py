@@ -1,9 +1,10 @@
-"""The one thing pyproject.toml cannot say: an optional C++ library (src/linic/kernels/README.md).
+"""The one thing pyproject.toml cannot say: two optional C++ libraries (src/linic/kernels/README.md).
 
-Where no compiler is found the install goes on without it and plain torch does the work.
+Where no compiler is found the install goes on without them and plain torch does the work.
 """
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -16,11 +17,12 @@ flags = [] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisib
 setup(
     ext_modules=[
         Extension(
-            "linic.kernels._native",
-            [f"{KERNELS}/native.cpp"],
-            depends=[f"{KERNELS}/simd.inc", f"{KERNELS}/biwkv/biwkv.inc", f"{KERNELS}/dwconv5/dwconv5.inc"],
+            f"linic.kernels.{name}",
+            [f"{KERNELS}/{source}"],
+            depends=glob(f"{KERNELS}/**/*.inc", recursive=True),
             extra_compile_args=flags,
             optional=True,
         )
+        for name, source in (("_native", "native.cpp"), ("_exact", "exact/exact.cpp"))
     ]
 )

@@ -2,8 +2,8 @@
 
     python scripts/determinism.py prepare --pictures FOLDER --out WORK       files and latents, once
     python scripts/determinism.py run --out WORK [--only TEXT]               every cell in a process of its own
-    python scripts/determinism.py cell --out WORK [--threads N ...]          one cell, in this process, this environment
-    python scripts/determinism.py pixels --out WORK                          how far the pixels differ, by float settings
+    python scripts/determinism.py cell --out WORK [--threads N ...]          one cell, in this process
+    python scripts/determinism.py pixels --out WORK                          how far pixels differ by float settings
 
 A cell decodes every file's latents, codes the stored latents again, and compares both with what was prepared. Files of
 another machine (copy WORK over) make the cells across machines.
@@ -29,7 +29,8 @@ CELLS: dict[str, tuple[dict[str, str], list[str]]] = {
     **{f"{c}, {t} thread{'s' * (t > 1)}": ({"LINIC_CARRIER": c}, ["--threads", str(t)])
        for c in ("native", "int8", "f32", "f64", "i64") for t in (1, 2, 4)},
     **{f"native, batch {b}": ({"LINIC_CARRIER": "native"}, ["--batch", str(b)]) for b in (3, 8)},
-    **{f"native, {isa}, {t} thread{'s' * (t > 1)}": ({"LINIC_CARRIER": "native", "LINIC_ISA": isa}, ["--threads", str(t)])
+    **{f"native, {isa}, {t} thread{'s' * (t > 1)}": ({"LINIC_CARRIER": "native", "LINIC_ISA": isa},
+                                                     ["--threads", str(t)])
        for isa in ("avx512vnni", "avx512", "avx2", "baseline") for t in (1, 4)},
     **{f"int8, batch {b}": ({"LINIC_CARRIER": "int8"}, ["--batch", str(b)]) for b in (3, 8)},
     **{f"f64, batch {b}": ({"LINIC_CARRIER": "f64"}, ["--batch", str(b)]) for b in (3, 8)},
@@ -133,7 +134,7 @@ def pixels(args: argparse.Namespace) -> None:
         np.savez(args.into, *shown)
         return
     first: list[np.ndarray] = []
-    print("| setting | pictures | equal samples | largest difference | PSNR against the first, dB |\n|---|---|---|---|---|")
+    print("| setting | files | equal samples | largest difference | PSNR to the first, dB |\n|---|---|---|---|---|")
     for name, environment in PIXELS.items():
         into = args.out / "pixels.npz"
         subprocess.run([sys.executable, __file__, "pixels", "--out", str(args.out), "--into", str(into)],
@@ -145,7 +146,8 @@ def pixels(args: argparse.Namespace) -> None:
         error = np.concatenate([(a - b).ravel() for a, b in zip(shown, first)])
         mse = float(np.square(error, dtype=np.float64).mean())
         psnr = "" if mse == 0 else f"{10 * np.log10(65025 / mse):.1f}"
-        print(f"| {name} | {len(files)} | {100 * (error == 0).mean():.3f} % | {np.abs(error).max()} | {psnr} |", flush=True)
+        equal = 100 * (error == 0).mean()
+        print(f"| {name} | {len(files)} | {equal:.3f} % | {np.abs(error).max()} | {psnr} |", flush=True)
 
 
 class Silent:

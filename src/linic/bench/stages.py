@@ -45,8 +45,8 @@ def run(path: Path, model: str | None = "lalic-xs", preset: str | None = None, d
             name = str(Path(folder) / f"{preset}.safetensors")
             weights.save(name, build(preset).eval(), {})
         ready = codec.Codec(name if preset else str(weights.find(name)), device)
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
         rows = [_once(ready, image) for _ in range(repeats + 1)]
     return {"model": preset or model, "weights": "fresh" if preset else "trained", "size": list(image.size),
             "device": device, "threads": torch.get_num_threads(), "quality": QUALITY,
@@ -83,8 +83,8 @@ def _once(ready: codec.Codec, image: Image.Image) -> dict[str, dict[str, float]]
         timed("decode", "array to picture", lambda: picture.from_array(picture.crop(
             torch.round(x.float().clamp(0, 1) * 255).to(torch.uint8).cpu().numpy(), image.height, image.width), "RGB"))
     assert np.isfinite(list(spent["decode"].values())).all()
-    for way in spent.values():
-        way["in all"] = sum(way.values())
+    for stages in spent.values():
+        stages["in all"] = sum(stages.values())
     return spent
 
 

@@ -26,7 +26,8 @@ def build_compact(image: Image) -> bytes:
             (image.metadata or image.unknown, "metadata"),
             (image.mode != "RGB", f"mode {image.mode}"),
             (image.model not in MODEL_CODES, f"the unregistered model code {image.model}"),
-            (image.version != VERSION or image.arithmetic != INTEGERS, f"another version than {VERSION} or arithmetic than integers"),
+            (image.version != VERSION, f"another version than {VERSION}"),
+            (image.arithmetic != INTEGERS, "another arithmetic than integers"),
             (not 1 <= min(image.width, image.height) <= max(image.width, image.height) <= LARGE_SIDE,
              f"a size of {image.width}x{image.height}")):
         if wrong:

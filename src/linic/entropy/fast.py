@@ -2,7 +2,7 @@
 
 Registers are int32. Where sums or products need more, float64 carries them: every value below 2^53 is exact, and the
 checks at load have made sure of it; a rescaling beyond that takes int64. Where the carrier is `native`, compiled
-kernels (native.py) take the place of all this but the moving of pixels.
+kernels (native.py) take the place of nearly all of this.
 """
 
 from collections.abc import Callable, Sequence

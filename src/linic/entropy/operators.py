@@ -501,6 +501,6 @@ class Around(Operator):
 
 OPERATORS: dict[str, type[Operator]] = {
     "linear": Linear, "depthwise": Depthwise, "patches": Patches, "norm": Norm, "square": Square, "lookup": Lookup,
-    "gate": Gate, "biwkv": BiWkv, "recurrence": Recurrence, "add": Add, "rescale": Rescale, "concat": Concat, "slice": Slice,
-    "shuffle": Shuffle, "half": Half, "join": Join, "around": Around,
+    "gate": Gate, "biwkv": BiWkv, "recurrence": Recurrence, "add": Add, "rescale": Rescale, "concat": Concat,
+    "slice": Slice, "shuffle": Shuffle, "half": Half, "join": Join, "around": Around,
 }

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from linic.errors import ModelMissing, WeightsError
 
@@ -81,7 +82,7 @@ def add(source: str) -> dict[str, Any]:
             raise UsageError(f"{source}: larger than {LARGEST >> 20} MiB, no weight file of linic is")
         temporary.write_bytes(data)
         try:
-            card = load(temporary).card if read_card(temporary).get("program") is None else _checked(temporary)
+            card = _checked(temporary)
         except WeightsError as error:
             raise WeightsError(str(error).replace(str(temporary), source)) from error
         path = folder / f"{card['name']}-{card['digest']}.safetensors"
@@ -94,12 +95,12 @@ def add(source: str) -> dict[str, Any]:
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    """The card of a file whose program is right and known answer true."""
+    """The card of a file that loads and whose program, if it has one, gives its known answer."""
     from linic.entropy.program import Numpy, known_answer
 
-    card = read_card(path)
-    program, tables, _ = load_program(path)
-    if known_answer(program, tables, Numpy(program)) != card.get("known_answer"):
+    loaded = load(path)
+    card, program, tables = loaded.card, loaded.program, loaded.tables
+    if program and known_answer(program, tables, Numpy(program)) != card.get("known_answer"):
         raise WeightsError(f"{path}: its program does not give the answer that its card states: damaged file")
     return card
 
@@ -218,6 +219,9 @@ def load(name: str | os.PathLike[str]) -> Weights:
     program, tables = _program(path, card, arrays)
     digest = _digest(card, program, _steering(model, tensors))
     _compare(path, card, digest)
+    if (found := _checksum(tensors)) != card.get("checksum"):
+        raise WeightsError(f"{path}: the checksum of its tensors is {found}, its card says {card.get('checksum')}: "
+                           "damaged file")
     return Weights(card, model.eval(), program, tables, digest)
 
 
@@ -325,10 +329,12 @@ def save(path: str | os.PathLike[str], model: "Lalic", card: dict[str, Any], int
         stored = rangetables.Tables(*(tensors[f"tables.{part}"].numpy() for part in ("freqs", "lengths", "lows")))
         lines, answer = program.lines(), known_answer(program, stored, Numpy(program))
     digest = _digest({"config": config_data}, program, _steering(model, tensors))
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
     card = {"format": FORMAT, "name": config.name, **card, "config": config_data, "program": lines,
-            "known_answer": answer, "digest": digest.hex(), "parameters": sum(p.numel() for p in model.parameters())}
+            "known_answer": answer, "digest": digest.hex(),
+            "checksum": _checksum(tensors), "parameters": sum(p.numel() for p in model.parameters())}
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"linic": json.dumps(card)})
+    save_file(tensors, temporary, {"linic": json.dumps(card)})
     os.replace(temporary, path)
     return card
 
@@ -343,6 +349,14 @@ def normative_keys(model: "Lalic") -> set[str]:
     mine = {id(p) for net in model.normative() for p in net.parameters()}
     return {k for k, v in model.state_dict(keep_vars=True).items() if id(v) in mine} | (
         {"ln_prior"} & set(model.state_dict()))
+
+
+def _checksum(tensors: "dict[str, Tensor]") -> str:
+    """CRC-32 of all bytes, in the order of the names: against damage, where the digest names the normative part."""
+    crc = 0
+    for key in sorted(tensors):
+        crc = crc32(tensors[key].view(-1).numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _digest(card: dict[str, Any], program: "Program | None", tensors: Mapping[str, Any]) -> bytes:
