@@ -1,4 +1,5 @@
 """Pictures through whole files: round trips, sizes, rates, and files that are not right."""
+import os
 import random
 import subprocess
 import sys
@@ -305,3 +306,27 @@ def test_importing_linic_reading_info_and_help_load_neither_torch_nor_numpy(tmp_
             "print([m for m in ('torch', 'numpy', 'PIL', 'safetensors') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_compact_file_has_a_header_of_eight_bytes_and_decodes_to_the_same_picture():
+    image = Image.open(PHOTO).convert("RGB").crop((0, 0, 200, 130))
+    full, compact = linic.encode(image, 30), linic.encode(image, 30, profile="compact")
+    payload = linic.info(full)["payload"]
+    assert len(compact) == payload + 8 and linic.info(compact)["profile"] == "compact"
+    assert np.array_equal(np.asarray(linic.decode(compact)), np.asarray(linic.decode(full)))
+    with pytest.raises(linic.UsageError, match="mode L"):
+        linic.encode(image.convert("L"), 30, profile="compact")
+
+
+@pytest.mark.parametrize("settings, most", [({"LINIC_BF16": "0", "LINIC_NO_NATIVE": "1"}, 1), ({"LINIC_BF16": "1"}, 2)])
+def test_pixels_differ_little_between_ways_to_compute_them(tmp_path, settings, most):
+    """The synthesis is a float network; docs/determinism.md has what was measured (one level)."""
+    file = tmp_path / "p.linic"
+    file.write_bytes(linic.encode(Image.open(PHOTO).convert("RGB").crop((0, 0, 320, 256)), 80))
+    shown = []
+    for environment in ({"LINIC_BF16": "0"}, settings):
+        out = tmp_path / f"{len(shown)}.png"
+        subprocess.run([sys.executable, "-m", "linic", "decode", str(file), str(out)], check=True, timeout=120,
+                       env={**os.environ, **environment}, capture_output=True)
+        shown.append(np.asarray(Image.open(out)).astype(int))
+    assert np.abs(shown[0] - shown[1]).max() <= most

@@ -276,3 +276,13 @@ def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
     assert type(Encoder(tables)._coder).__module__.endswith("reference")
     with pytest.raises(BackendMissing, match="pip install constriction"):
         Encoder(tables, "constriction")
+
+
+@pytest.mark.parametrize("backend", backends_here())
+def test_bits_are_what_the_intervals_are_worth(backend):
+    tables = Tables([1 << 23, 1 << 22, 1 << 22], [3], [0])
+    coder = Encoder(tables, backend)
+    for n in range(1, 200):
+        coder.code([0], [n % 2])    # one bit, or two
+        assert coder.bits() == pytest.approx(n + (n + 1) // 2, abs=0.1)
+    assert len(coder.finish()) < coder.bits() / 8 + 1.5

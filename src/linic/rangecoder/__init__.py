@@ -50,6 +50,10 @@ class Encoder:
             raise UsageError(f"symbols from {values.min()} to {values.max()}; the limit is {LIMIT}: clip them")
         return np.asarray(self._coder.code(*_shaped(self._coder, tables, values.astype(np.int32))), np.int32)
 
+    def bits(self) -> float:
+        """What everything coded so far is worth: -log2 of the interval that is left."""
+        return float(self._coder.bits())
+
     def finish(self) -> bytes:
         """The stream of everything coded so far: the shortest that says it."""
         return bytes(self._coder.finish())

@@ -5,6 +5,7 @@ Categorical(F - 1, perfect=False) of float64 integers has exactly the frequencie
 pos() is (words that have left, (lower mod 2^64, range)); zeros are read past the end, silently;
 data that no encoder wrote raises a bare AssertionError.
 """
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +60,10 @@ class Encoder:
 
     def position(self) -> int:
         return int(self._coder.pos()[0])
+
+    def bits(self) -> float:
+        position, (_, size) = self._coder.pos()
+        return 32 * position + 64 - math.log2(size)
 
     def finish(self) -> bytes:
         position, (lower, size) = self._coder.pos()

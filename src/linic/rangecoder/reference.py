@@ -4,6 +4,7 @@ Tables (frequencies of sum 2^24) and integers -> bytes, and back. The words are 
 State: `lower` and `range`, 64 bits each; 32-bit words leave at the top; a carry runs back through those written.
 Raises Damaged. Checks of the caller's arrays are in __init__.py; the fast twin is fast.py, byte for byte the same.
 """
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,9 @@ class Encoder:
             for bit in escape_bits(low, high, symbol):
                 self._put(bit * HALF, HALF)
         return list(symbols)
+
+    def bits(self) -> float:
+        return WORD * len(self._words) + 64 - math.log2(self._range)
 
     def _put(self, left: int, frequency: int) -> None:
         scale = self._range >> PRECISION

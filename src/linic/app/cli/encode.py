@@ -12,6 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quality", type=common.quality, default=50, metavar="Q",
                         help="0 smallest .. 100 best (default: 50)")
     parser.add_argument("--model", default="lalic-xs", metavar="NAME|PATH", help="default: lalic-xs")
+    parser.add_argument("--compact", action="store_true", help="a header of 8 bytes instead of 50; no metadata")
     common.add_machine(parser)
     common.add_json(parser)
 
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     with common.about(args.input):
         image = read_bytes(common.read_input(args.input), common.shown(args.input))
         started = time.perf_counter()
-        data = linic.encode(image, quality=args.quality, model=args.model, device=args.device)
+        data = linic.encode(image, quality=args.quality, model=args.model, device=args.device,
+                            profile="compact" if args.compact else "full")
         seconds = time.perf_counter() - started
     common.write_output(output, data)
     bpp = 8 * len(data) / (image.width * image.height)
