@@ -330,3 +330,14 @@ def test_pixels_differ_little_between_ways_to_compute_them(tmp_path, settings, m
                        env={**os.environ, **environment}, capture_output=True)
         shown.append(np.asarray(Image.open(out)).astype(int))
     assert np.abs(shown[0] - shown[1]).max() <= most
+
+
+def test_a_wide_picture_is_coded_in_tiles_and_shows_no_seam(photo):
+    wide = photo.resize((2304, 128))
+    data = linic.encode(wide, 60)
+    facts = linic.info(data)
+    assert facts["tiles"] == [2, 1] and len(facts["quality"]) == 2
+    assert linic.verify(data)["tiles"] == 2
+    error = np.abs(np.asarray(linic.decode(data)).astype(int) - np.asarray(wide)).mean((0, 2))
+    seam = error[1152 - 8:1152 + 8].mean()
+    assert seam < 2 * error.mean()

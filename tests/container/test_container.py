@@ -23,6 +23,7 @@ from linic.container import (
     build,
     parse,
     sniff,
+    tiling,
 )
 from linic.container.full import SIGNATURE, read_varint, varint
 from linic.errors import (
@@ -340,3 +341,16 @@ def test_the_room_imports_neither_numpy_nor_torch_nor_the_coder():
             "sys.exit(str(bad) if bad else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("size, tiles", [((1, 1), (1, 1)), ((2048, 2048), (1, 1)), ((2049, 64), (2, 1)),
+                                         ((8704, 4992), (5, 3)), ((4096, 4097), (2, 3))])
+def test_tiles_are_the_fewest_that_keep_to_the_limit_and_cover_everything(size, tiles):
+    assert tiling(*size) == tiles
+    image = replace(SMALL, width=size[0], height=size[1], tiles_x=tiles[0], tiles_y=tiles[1])
+    covered = set()
+    for rows, columns in image.cells():
+        cells = set(itertools.product(range(rows.start, rows.stop), range(columns.start, columns.stop)))
+        assert cells and not cells & covered and rows.stop - rows.start <= 32 and columns.stop - columns.start <= 32
+        covered |= cells
+    assert len(covered) == -(-size[0] // 64) * -(-size[1] // 64)
