@@ -38,7 +38,7 @@ CELLS: dict[str, tuple[dict[str, str], list[str]]] = {
        for isa in ("default", "avx2", "avx512") for c in ("int8", "f32", "f64")},
     **{f"{c}, oneDNN {isa}": ({"LINIC_CARRIER": c, "ONEDNN_MAX_CPU_ISA": isa}, [])
        for isa in ("SSE41", "AVX2", "AVX512_CORE", "ALL") for c in ("int8", "f32", "f64")},
-    "torch without its own choice": ({}, []),
+    "the best here": ({}, []),
     "NumPy": ({}, ["--numpy", "--every", "5"]),       # `prepare` took all latents from it
     "NumPy, dispatch off": ({"NPY_DISABLE_CPU_FEATURES": X86}, ["--numpy", "--every", "5"]),
     "CUDA": ({}, ["--device", "cuda"]),
@@ -172,12 +172,20 @@ def run(args: argparse.Namespace) -> None:
         found[name]["machine"] = platform.machine()
         path.write_text(json.dumps(found, indent=1))
         print(name, found[name], flush=True)
-    print("\n| cell | files | result |\n|---|---|---|")
+    print(table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    """A row a setting: the cells "carrier, setting" that were equal, and those that differed or did not run."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for name in CELLS:
+        carrier, _, setting = name.partition(", ")
         cell = found.get(name, {"error": "not run"})
-        verdict = "equal" if "files" in cell and not cell["wrong"] else f"not run: {cell['error']}" if "error" in cell \
-            else f"**{len(cell['wrong'])} differ**"
-        print(f"| {name} | {cell.get('files', '')} | {verdict} |")
+        result = "not run" if "error" in cell else f"{cell['files']} files equal" if not cell["wrong"] \
+            else f"**{len(cell['wrong'])} of {cell['files']} differ**"
+        rows.setdefault((setting, result), []).append(carrier)
+    lines = [f"| {setting or 'as it comes'} | {', '.join(c)} | {result} |" for (setting, result), c in rows.items()]
+    return "\n".join(["| setting | carrier | result |", "|---|---|---|", *lines])
 
 
 def main() -> None:
