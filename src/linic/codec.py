@@ -135,7 +135,7 @@ class Codec:
             kept = {} if compact else {TAGS[key]: value for key, value in picture.metadata(image).items()}
             tiles_x, tiles_y = container.tiling(width, height)
             arithmetic = container.INTEGERS if self.program else container.FLOAT64
-            file = container.Image(width, height, [], image.mode, container.model_code(self.name),
+            file = container.Image(width, height, [], image.mode, container.model_code(self.digest),
                                    b"" if compact else self.digest, tiles_x, tiles_y, arithmetic, kept,
                                    profile=profile)
             for rows, columns in file.cells():
@@ -302,12 +302,11 @@ def verify(data: bytes, model: str | PathLike[str] | None = None,
 
 
 def _path(file: container.Image, model: str | PathLike[str] | None) -> Path:
-    """The weight file that a picture needs; the compact profile has a registered code alone."""
+    """The weight file that a picture needs; the compact profile has a registered code, which stands for a digest."""
     if model is not None:
         return weights.find(model)
-    if file.digest:
-        return weights.find_digest(file.digest, file.model_name or "")
-    return weights.find(file.model_name or "")
+    digest = file.digest or bytes.fromhex(container.FROZEN.get(file.model, ""))
+    return weights.find_digest(digest, file.model_name or "")
 
 
 def _bytes(y_hat_q8: "np.ndarray") -> bytes:

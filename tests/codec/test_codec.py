@@ -341,3 +341,11 @@ def test_a_wide_picture_is_coded_in_tiles_and_shows_no_seam(photo):
     error = np.abs(np.asarray(linic.decode(data)).astype(int) - np.asarray(wide)).mean((0, 2))
     seam = error[1152 - 8:1152 + 8].mean()
     assert seam < 2 * error.mean()
+
+
+def test_a_model_code_stands_for_one_digest(photo):
+    assert weights.load("lalic-xs").digest.hex() == container.FROZEN[1]
+    assert container.model_code(bytes(8)) == 0
+    tiny = Path(__file__).parents[1] / "golden" / "tiny.safetensors"
+    with pytest.raises(UsageError, match="unregistered"):
+        linic.encode(photo.crop((0, 0, 64, 64)), 30, model=tiny, profile="compact")

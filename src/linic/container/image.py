@@ -13,6 +13,7 @@ MODES = {0: "L", 1: "RGB"}
 FLOAT64, INTEGERS = 0, 1
 ARITHMETICS = {FLOAT64: "float64", INTEGERS: "integers"}
 MODEL_CODES = {1: "lalic-xs", 2: "lalic-s", 3: "lalic", 17: "mrt-xs", 18: "mrt-s", 19: "mrt"}
+FROZEN = {1: "4e71ec3cdb35cb75"}         # the digest that a code stands for, for ever; without one it is not yet given
 METADATA = {"ICCP": 1 << 22, "EXIF": 1 << 24, "XMP_": 1 << 24, "TEXT": 1 << 16}     # limits in bytes, in file order
 
 DIGEST_BYTES = 8
@@ -24,9 +25,9 @@ MAX_MODEL_CODE = (1 << 16) - 1
 MAX_PIXELS = 1 << 26                    # by default: a decoder of one piece takes about 220 bytes a pixel
 
 
-def model_code(name: str) -> int:
+def model_code(digest: bytes) -> int:
     """The number of a registered model, 0 for any other: those are known by digest alone."""
-    return {name: code for code, name in MODEL_CODES.items()}.get(name, 0)
+    return {frozen: code for code, frozen in FROZEN.items()}.get(digest.hex(), 0)
 
 
 def tiling(width: int, height: int) -> tuple[int, int]:
