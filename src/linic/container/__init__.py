@@ -29,7 +29,8 @@ from linic.container.image import (
 from linic.errors import NotLinic, Truncated
 
 __all__ = ["ARITHMETICS", "CELL", "COMPACT", "FLOAT64", "FROZEN", "FULL", "INTEGERS", "MAX_PIXELS", "METADATA",
-           "MODEL_CODES", "MODES", "TILE", "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff", "tiling"]
+           "MODEL_CODES", "MODES", "TILE", "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff",
+           "tiling"]
 
 
 def build(image: Image) -> bytes:
