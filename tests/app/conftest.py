@@ -11,7 +11,7 @@ from linic.picture.files import read_bytes, to_bytes
 MAGIC = b"stand-in "
 
 
-def encode(image, quality=50, model="lalic-xs", device="auto"):
+def encode(image, quality=50, model="lalic-xs", device="auto", profile="full"):
     if model != "lalic-xs":
         raise ModelMissing(f"no model {model!r}. Installed: lalic-xs")
     pixels = to_bytes(image)[0]
