@@ -1,22 +1,15 @@
 """The compiled CPU kernels, loaded through ctypes where they were built (native.cpp, setup.py; README.md here).
 
-`lib` is the library or None, `missing` the reason why not. LINIC_NO_NATIVE=1, read at import, leaves it out.
-Loading never compiles. Every call returns a status; `check` turns it into "done" or "use the torch form".
+`lib` is the library or None, `missing` the reason why not. Every call returns a status; `check` turns it into "done" or
+"use the torch form".
 """
 
-import ctypes
-import importlib.machinery
-import importlib.util
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
-import torch
+from linic.kernels import library
+from linic.kernels.library import FLOAT, INT, POINTER
 
-from linic.errors import BackendMissing
-
-POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     # w u k k_b k_t v v_b v_t y den, B T C threads
     "linic_biwkv_forward": [POINTER] * 3 + [INT] * 2 + [POINTER] + [INT] * 2 + [POINTER] * 2 + [INT] * 4,
     # w u k k_b k_t v v_b v_t y den g gk gv gw gu, B T C threads
@@ -44,54 +37,21 @@ SIGNATURES = {
 REFUSED, NO_MEMORY = 1, 2  # Status in native.cpp
 
 
-def _share_openmp() -> None:
-    """Make the OpenMP library that torch brings visible to ours, which is linked without one on purpose:
-    two of them would keep two pools of threads that spin against each other."""
-    root = Path(torch.__file__).parent
-    bundled = [*root.glob("lib/libgomp*"), *root.parent.glob("torch.libs/libgomp*")]
-    for name in [str(path) for path in bundled] or ["libgomp.so.1"]:
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-
-
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("LINIC_NO_NATIVE", "0") not in ("", "0"):
-        return None, "switched off by LINIC_NO_NATIVE"
-    here = Path(__file__).parent
-    built = [here / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((path for path in built if path.exists()), None)
-    if path is None:
-        return None, "not built: install linic from source where a C++ compiler (g++) is found"
-    try:
-        if sys.platform == "linux":
-            _share_openmp()
-        lib = ctypes.CDLL(str(path))
-        for name, arguments in SIGNATURES.items():
-            getattr(lib, name).argtypes = arguments
-        lib.linic_chunk.restype = INT
-        lib.linic_isa.restype = lib.linic_isa_here.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        return None, f"built, but does not load ({error}): install linic again"
-    return lib, ""
-
-
-lib, missing = _load()
+lib, missing = library.load("_native", "linic", SIGNATURES)
+if lib is not None:
+    lib.linic_chunk.restype = INT
 
 
 def describe() -> str:
-    """Instruction set and threading in use, for `linic doctor`."""
-    assert lib is not None
-    return f"{lib.linic_isa().decode()}, {'OpenMP' if lib.linic_openmp() else 'one thread'}"
+    return library.describe(lib, "linic")
 
 
 def instruction_sets() -> list[str]:
-    """Those of this machine that the library was compiled for, best (in use) first. For tests, as use() is."""
-    names = [] if lib is None else [lib.linic_isa_here(index) for index in range(8)]
-    return [name.decode() for name in names if name]
+    return library.instruction_sets(lib, "linic")
 
 
 def use(instruction_set: str) -> None:
-    if lib is None or not lib.linic_use_isa(instruction_set.encode()):
-        raise BackendMissing(f"instruction set {instruction_set!r} is not here: use one of {instruction_sets()}")
+    library.use(lib, "linic", instruction_set)
 
 
 def check(status: int) -> bool:

@@ -5,23 +5,19 @@ instruction set instead of the best; both are read at import. Registers are int3
 channels; of anything else a copy is made. Nothing is checked here: the bounds are the program's (entropy/native.py).
 """
 
-import ctypes
-import importlib.machinery
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from linic.errors import BackendMissing
-from linic.kernels.native import NO_MEMORY, _share_openmp
+from linic.kernels import library
+from linic.kernels.library import INT, POINTER
+from linic.kernels.native import NO_MEMORY
 
-POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "linic_exact_chain": [POINTER, INT, POINTER] + [INT] * 4,   # steps count slots, scratch quality rows threads
     # k k_t v v_t decay bonus exp fall y, B T C threads
@@ -36,47 +32,27 @@ REQUANT = np.dtype([("m", "i8", (2, 8)), ("c", "i8", (2, 8)), ("s", "i8", (2, 8)
                     ("low", "i4", 16), ("high", "i4", 16)])
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("LINIC_NO_NATIVE", "0") not in ("", "0"):
-        return None, "switched off by LINIC_NO_NATIVE"
-    here = Path(__file__).parent.parent
-    built = [here / f"_exact{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((path for path in built if path.exists()), None)
-    if path is None:
-        return None, "not built: install linic from source where a C++ compiler (g++) is found"
-    try:
-        if sys.platform == "linux":
-            _share_openmp()
-        lib = ctypes.CDLL(str(path))
-        for name, arguments in SIGNATURES.items():
-            getattr(lib, name).argtypes = arguments
-        lib.linic_exact_isa.restype = lib.linic_exact_isa_here.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        return None, f"built, but does not load ({error}): install linic again"
+def _load() -> tuple[Any, str]:
+    found, why = library.load("_exact", "linic_exact", SIGNATURES)
     isa = os.environ.get("LINIC_ISA")
-    if isa and not lib.linic_exact_use_isa(isa.encode()):
+    if found is not None and isa and not found.linic_exact_use_isa(isa.encode()):
         return None, f"LINIC_ISA={isa} is not here"
-    return lib, ""
+    return found, why
 
 
 lib, missing = _load()
 
 
 def describe() -> str:
-    """Instruction set and threading in use."""
-    assert lib is not None
-    return f"{lib.linic_exact_isa().decode()}, {'OpenMP' if lib.linic_exact_openmp() else 'one thread'}"
+    return library.describe(lib, "linic_exact")
 
 
 def instruction_sets() -> list[str]:
-    """Those of this machine that the library was compiled for, best first. For tests, as use() is."""
-    names = [] if lib is None else [lib.linic_exact_isa_here(index) for index in range(8)]
-    return [name.decode() for name in names if name]
+    return library.instruction_sets(lib, "linic_exact")
 
 
 def use(instruction_set: str) -> None:
-    if lib is None or not lib.linic_exact_use_isa(instruction_set.encode()):
-        raise BackendMissing(f"instruction set {instruction_set!r} is not here: use one of {instruction_sets()}")
+    library.use(lib, "linic_exact", instruction_set)
 
 
 class Step(NamedTuple):
