@@ -16,14 +16,15 @@ from torch import Tensor
 from linic.entropy import carriers
 from linic.entropy.native import Native
 from linic.entropy.operators import EXACT, EXP_FIRST, FALL_FIRST, SPAN, TAPS, Ints, Op
-from linic.entropy.program import Program
+from linic.entropy.program import Lines
+from linic.entropy.steps import LOWEST_KEY
 
 
 class Torch:
     """A program made ready on a device. carrier: one of carriers.CARRIERS instead of the best. `carriers`: which one
     each weight width got, and why."""
 
-    def __init__(self, program: Program, device: str | torch.device = "cpu", carrier: str | None = None):
+    def __init__(self, program: Lines, device: str | torch.device = "cpu", carrier: str | None = None):
         self.device, self._asked = torch.device(device), carrier
         self.program = program
         self.tensors = {name: torch.from_numpy(np.ascontiguousarray(t)).to(self.device)
@@ -60,7 +61,7 @@ class Torch:
                 made[key] = carriers.carry(name, self.tensors[op.tensors[0]])
             self._products[op.out] = made[key]
         for op in self.program.ops:
-            if op.kind in ("linear", "depthwise"):
+            if op.kind in ("linear", "depthwise", "near"):
                 m, c, s, low, high = self.tensors[op.tensors[1]].double()
                 step = torch.pow(2.0, -s)       # exact: a power of two
                 self._ready[op.tensors[1]] = m * step, c * step, low, high
@@ -152,15 +153,45 @@ class Torch:
         y = torch.div(num.add_(den >> 1), den, rounding_mode="floor").int()
         return y.transpose(1, 2).reshape(b, h, w, c)
 
-    def _recurrence(self, op: Op, quality: int, *registers: Tensor) -> Tensor:
-        decay, bonus, exp = (self._int64(name) for name in op.tensors)
-        k, v = torch.stack(registers[::2]).long(), torch.stack(registers[1::2]).long()
-        steps = torch.arange(len(k) - 2, -2, -1, device=self.device)[:, None, None, None, None]
-        x = (k - k.amax(0)).clamp_min_(-SPAN)
-        z = torch.where(steps >= 0, (x - steps * decay).clamp_min_(EXP_FIRST), x + bonus)
-        a = exp.index_select(0, (z - EXP_FIRST).reshape(-1)).view(z.shape)
-        num, den = (a * v).sum(0), a.sum(0)
-        return torch.div(num.add_(den >> 1), den, rounding_mode="floor").int()
+    # Of step programs (steps.py); history (B, T + 1, C), positions (n, ...).
+
+    def positions(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def history(self, batch: int, rows: int, channels: int) -> Tensor:
+        return torch.zeros(batch, rows, channels, dtype=torch.int32, device=self.device)
+
+    def store(self, history: Tensor, tokens: Tensor, register: Any) -> None:
+        tensor: Tensor = self._native.tensor(register) if self._native else register
+        history.index_copy_(1, tokens, tensor[:, 0])
+
+    def _past(self, op: Op, quality: int, history: Tensor, neighbours: Tensor) -> Tensor:
+        return history.index_select(1, neighbours.view(-1)).view(len(history), 1, len(neighbours), -1)
+
+    def _known(self, op: Op, quality: int, history: Tensor, neighbours: Tensor) -> Tensor:
+        known = (neighbours < history.shape[1] - 1).int() * op.numbers[0]
+        return known.expand(len(history), 1, *known.shape)
+
+    def _near(self, op: Op, quality: int, x: Tensor, past: Tensor) -> Tensor:
+        weight, c = self._int32(op.tensors[0]), x.shape[3]
+        total = (past.view(*x.shape[:3], -1, c) * weight[1:]).sum(3, dtype=torch.int32).addcmul_(x, weight[0])
+        return self._requantise(total.double(), op.tensors[1])
+
+    def _causal(self, op: Op, quality: int, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
+        decay, bonus, exp = (self._int32(name) for name in op.tensors)
+        (b, rows, c), shape, flat = k.shape, before.shape, before.view(-1)
+        there = (before < rows - 1)[:, :, None]
+        keys = torch.where(there, k.index_select(1, flat).view(b, *shape, c), LOWEST_KEY)       # B, n, 1 + t, C
+        x = (keys - keys.amax(2, keepdim=True)).clamp_min_(-SPAN)
+        own = x[:, :, 0] + bonus
+        x.sub_(torch.arange(-1, shape[1] - 1, dtype=torch.int32, device=self.device)[:, None] * decay)
+        x.clamp_min_(EXP_FIRST)
+        x[:, :, 0] = own
+        a = exp.index_select(0, x.sub_(EXP_FIRST).view(-1)).view(x.shape)
+        a = torch.where(there, a, 0).double()
+        num, den = (a * v.index_select(1, flat).view(x.shape)).sum(2), a.sum(2)
+        # A quotient below 2^13 that is no integer is 1 / den >= 2^-38 away from one: far more than float64 rounds.
+        return torch.floor_((num + torch.floor(den / 2)) / den).int()[:, None]
 
     def _distances(self, name: str, t: int, fall: str) -> tuple[Tensor, Tensor, Tensor]:
         """e (C, T), FALL[-e_{t-1}] for t >= 1, FALL[e_{t+1}] for t < T - 1."""
@@ -259,4 +290,4 @@ def isqrt(d: Tensor) -> Tensor:
     return root
 
 
-_: Callable[..., Any] = Torch      # a Backend (program.py)
+_: Callable[..., Any] = Torch      # a Backend (program.py, steps.py)

@@ -307,45 +307,6 @@ def _reach(decay: Ints, exp: npt.NDArray[np.float64], fall: npt.NDArray[np.float
     return float(MOST_TOKENS * worst + own)
 
 
-class Recurrence(Operator):
-    """Causal WKV at step t, from the keys and values of steps 0 to t (registers k_0, v_0, ... k_t, v_t); decay (C,) a
-    step, bonus (C,), in 2^-10 octaves; EXP as in BiWkv.
-
-        x_i = max(k_i - max_j k_j, -14 * 1024);    a_i = EXP[max(x_i - (t - 1 - i) decay, first)] for i < t
-        a_t = EXP[x_t + bonus];    y = (sum a_i v_i + (den >> 1)) // den, den = sum a_i
-
-    Computed from the whole past rather than from a rounded state: exact, and nothing feeds back. t < 128.
-    """
-
-    counts = -1, 3, 0
-
-    @staticmethod
-    def check(op: Op, *rest: Any) -> Spec:
-        *registers, decay, bonus, exp = rest
-        need(registers and len(registers) % 2 == 0, op, "needs pairs of k and v")
-        ks, vs = registers[::2], registers[1::2]
-        same_grid(op, *registers)
-        c = registers[0].channels
-        need(all(r.channels == c for r in registers) and decay.shape == bonus.shape == (c,), op, "shapes")
-        need(all((v.largest <= 8192).all() for v in vs) and all((k.largest <= 1 << 20).all() for k in ks), op,
-             "v beyond 14 bits or k beyond 20")
-        need((decay >= 0).all() and (decay <= DECAY_LIMIT).all() and (bonus >= -BONUS_LIMIT).all()
-             and (bonus <= BONUS_LIMIT).all(), op, "decay or bonus out of range")
-        need(exp.shape == (EXP_LAST - EXP_FIRST + 1,) and (exp >= 1).all() and (exp <= 1 << 26).all(), op, "table")
-        return spec_of(op, np.min([v.low for v in vs], 0), np.max([v.high for v in vs], 0), registers[0])
-
-    @staticmethod
-    def run(op: Op, quality: int, *rest: Any) -> Ints:
-        *registers, decay, bonus, exp = rest
-        k, v, decay = np.stack(registers[::2]), np.stack(registers[1::2]), decay.astype(np.int64)
-        steps = np.arange(len(k) - 2, -2, -1)[:, None, None, None, None]
-        x = np.maximum(k - k.max(0), -SPAN)
-        z = np.where(steps >= 0, np.maximum(x - steps * decay, EXP_FIRST), x + bonus)
-        a = exp.astype(np.int64)[z - EXP_FIRST]
-        num, den = (a * v).sum(0), a.sum(0)
-        return (num + (den >> 1)) // den
-
-
 class Add(Operator):
     """clamp(a + b, low, high); numbers: low, high."""
 
@@ -501,6 +462,6 @@ class Around(Operator):
 
 OPERATORS: dict[str, type[Operator]] = {
     "linear": Linear, "depthwise": Depthwise, "patches": Patches, "norm": Norm, "square": Square, "lookup": Lookup,
-    "gate": Gate, "biwkv": BiWkv, "recurrence": Recurrence, "add": Add, "rescale": Rescale, "concat": Concat,
-    "slice": Slice, "shuffle": Shuffle, "half": Half, "join": Join, "around": Around,
+    "gate": Gate, "biwkv": BiWkv, "add": Add, "rescale": Rescale, "concat": Concat, "slice": Slice, "shuffle": Shuffle,
+    "half": Half, "join": Join, "around": Around,
 }

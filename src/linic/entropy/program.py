@@ -9,14 +9,15 @@ kinds of line talk to the range coder:
 mean and y_hat are in steps of 1/256 of a symbol, index is the table; where index < skip nothing is coded and the symbol
 is 0. The result is the register `y`. No control flow, no computed shapes: the size of z's grid and the quality are all
 that a run is given. `Program` checks every line at load; `plan` is the walk's plan (walk.py) on a backend: NumPy, the
-definition, or torch (fast.py). Raises WeightsError.
+definition, or torch (fast.py). Raises WeightsError. Programs that run token by token: steps.py.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from linic.entropy.operators import (
     Z_LIMIT,
     Ints,
     Op,
+    Operator,
     Spec,
     need,
     spec_of,
@@ -40,7 +42,6 @@ from linic.rangecoder import Encoder, Tables
 RESULT = "y"
 # Lines; channels of all registers together; tensor entries that all lines together read.
 MOST_OPS, MOST_IN_ALL, MOST_READ = 20_000, 1 << 21, 1 << 27
-_COUNTS = {kind: operator.counts for kind, operator in OPERATORS.items()} | {"symbols": (0, 0, 1), "code": (2, 0, 3)}
 
 
 class Backend(Protocol):
@@ -54,11 +55,11 @@ class Backend(Protocol):
 class Numpy:
     """int64 everywhere: slow, and the definition."""
 
-    def __init__(self, program: "Program"):
-        self.tensors = program.tensors
+    def __init__(self, program: "Lines"):
+        self.tensors, self.operators = program.tensors, program.operators
 
     def run(self, op: Op, quality: int, inputs: Sequence[Ints]) -> Ints:
-        return OPERATORS[op.kind].run(op, quality, *inputs, *(self.tensors[t] for t in op.tensors))
+        return self.operators[op.kind].run(op, quality, *inputs, *(self.tensors[t] for t in op.tensors))
 
     def numpy(self, register: Ints) -> Ints:
         return register
@@ -67,11 +68,19 @@ class Numpy:
         return values.astype(np.int64)
 
 
-class Program:
-    """`lines`: as in the weight file, [kind, out, [args], [tensors], [numbers]] each. `specs`: of every register."""
+class Lines:
+    """What all programs share: lines, parsed and checked one by one, and the tensors that they name.
+
+    `lines`: as in the weight file, [kind, out, [args], [tensors], [numbers]] each. `specs`: of every register. A kind of
+    program has `operators` and, beside them, lines that take what `others` says; it checks each line in `_check`, the
+    whole in `_end`."""
+
+    operators: ClassVar[Mapping[str, type[Operator]]]
+    others: ClassVar[Mapping[str, tuple[int, int, int]]]
 
     def __init__(self, lines: Any, tensors: Mapping[str, Ints], scales: int):
-        self.ops, self.scales = [_parse(line) for line in _list(lines, MOST_OPS)], scales
+        counts = {kind: operator.counts for kind, operator in self.operators.items()} | dict(self.others)
+        self.ops, self.scales = [_parse(line, counts) for line in _list(lines, MOST_OPS)], scales
         missing = sorted({t for op in self.ops for t in op.tensors} - set(tensors))
         if missing:
             raise WeightsError(f"program: tensor {missing[0]!r} is not in the file")
@@ -80,29 +89,65 @@ class Program:
             if tensor.dtype.kind != "i" or tensor.size == 0:
                 raise WeightsError(f"program: tensor {name!r} is {tensor.dtype} {tensor.shape}, not integers")
         self.specs: dict[str, Spec] = {}
-        self.z_channels = self.latents = self._open = 0     # _open: channels of anchors whose others are to come
+        self.z_channels = self.latents = 0
         total = read = 0
         for op in self.ops:
             if op.out in self.specs:
                 raise WeightsError(f"program: register {op.out!r} is written twice")
-            unknown = [a for a in op.args if a not in self.specs]
-            if unknown:
-                raise WeightsError(f"program: {op.kind} -> {op.out} reads {unknown[0]!r}, which nothing has written")
+            inputs = [self._input(op, name) for name in op.args]
             read += sum(self.tensors[t].size for t in op.tensors)
             need(read <= MOST_READ, op, f"more than {MOST_READ} tensor entries in all")
-            self.specs[op.out] = self._check(op)
+            self.specs[op.out] = self._check(op, inputs)
             total += self.specs[op.out].channels
             need(total <= MOST_IN_ALL, op, f"more than {MOST_IN_ALL} channels in all")
-        result = self.specs.get(RESULT)
-        if (result is None or result.half or result.scale != self.y_scale or result.channels != self.latents
-                or self._open):
-            raise WeightsError(f"program: its result {RESULT!r} is not y_hat on the whole grid")
-        self._released = self._lifetimes()
+        self._end()
 
+    def _input(self, op: Op, name: str) -> Spec:
+        if name not in self.specs:
+            raise WeightsError(f"program: {op.kind} -> {op.out} reads {name!r}, which nothing has written")
+        return self.specs[name]
+
+    def _check(self, op: Op, inputs: list[Spec]) -> Spec:
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+    def lines(self) -> list[list[Any]]:
+        return [[op.kind, op.out, [*op.args], [*op.tensors], [*op.numbers]] for op in self.ops]
+
+    def digest(self) -> bytes:
+        """SHA-256 over the lines and, in order of their names, each tensor's name, type, shape and bytes."""
+        h = hashlib.sha256(json.dumps([self.scales, self.lines()], separators=(",", ":")).encode())
+        for name in sorted(self.tensors):
+            tensor = np.ascontiguousarray(self.tensors[name])
+            h.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
+            h.update(tensor.astype(tensor.dtype.newbyteorder("<")).tobytes())
+        return h.digest()
+
+    def __str__(self) -> str:
+        """A line each, with the tensors' shapes and the range of the result."""
+        rows = []
+        for op in self.ops:
+            spec = self.specs[op.out]
+            named = [f"{t} {self.tensors[t].dtype.name}{list(self.tensors[t].shape)}" for t in op.tensors]
+            inside = ", ".join([*op.args, *named, *map(str, op.numbers)])
+            rows.append(f"{op.out} = {op.kind}({inside})    # {spec.channels} ch{self._grid(spec)}, "
+                        f"{spec.low.min()} .. {spec.high.max()}")
+        return "\n".join(rows)
+
+    def _grid(self, spec: Spec) -> str:
+        return ""
+
+
+class Program(Lines):
+    """Of a picture at once: every line runs one time."""
+
+    operators, others = OPERATORS, MappingProxyType({"symbols": (0, 0, 1), "code": (2, 0, 3)})
     y_scale = 4
+    _open = 0       # channels of anchors whose others are to come
 
-    def _check(self, op: Op) -> Spec:
-        inputs = [self.specs[a] for a in op.args]
+    def _check(self, op: Op, inputs: list[Spec]) -> Spec:
         if op.kind == "symbols":
             need(not self.z_channels and 0 < op.numbers[0] <= 4096, op, "symbols come once")
             self.z_channels = op.numbers[0]
@@ -131,29 +176,15 @@ class Program:
             out[i].append(name)
         return out[:-1]
 
-    def lines(self) -> list[list[Any]]:
-        return [[op.kind, op.out, [*op.args], [*op.tensors], [*op.numbers]] for op in self.ops]
+    def _end(self) -> None:
+        result = self.specs.get(RESULT)
+        if (result is None or result.half or result.scale != self.y_scale or result.channels != self.latents
+                or self._open):
+            raise WeightsError(f"program: its result {RESULT!r} is not y_hat on the whole grid")
+        self._released = self._lifetimes()
 
-    def digest(self) -> bytes:
-        """SHA-256 over the lines and, in order of their names, each tensor's name, type, shape and bytes."""
-        h = hashlib.sha256(json.dumps([self.scales, self.lines()], separators=(",", ":")).encode())
-        for name in sorted(self.tensors):
-            tensor = np.ascontiguousarray(self.tensors[name])
-            h.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
-            h.update(tensor.astype(tensor.dtype.newbyteorder("<")).tobytes())
-        return h.digest()
-
-    def __str__(self) -> str:
-        """A line each, with the tensors' shapes and the range of the result."""
-        rows = []
-        for op in self.ops:
-            spec = self.specs[op.out]
-            named = [f"{t} {self.tensors[t].dtype.name}{list(self.tensors[t].shape)}" for t in op.tensors]
-            inside = ", ".join([*op.args, *named, *map(str, op.numbers)])
-            grid = f"{'half of ' if spec.half else ''}x{spec.scale}"
-            rows.append(f"{op.out} = {op.kind}({inside})    # {spec.channels} ch, {grid}, "
-                        f"{spec.low.min()} .. {spec.high.max()}")
-        return "\n".join(rows)
+    def _grid(self, spec: Spec) -> str:
+        return f", {'half of ' if spec.half else ''}x{spec.scale}"
 
 
 def plan(program: Program, backend: Backend, quality: int, z_size: tuple[int, int], z: Ints | None = None,
@@ -207,15 +238,15 @@ def known_answer(program: Program, tables: Tables, backend: Backend) -> str:
     """SHA-256 over what made-up latents become: their bytes in a file, and y_hat. The weight file has it as NumPy gives
     it; a machine that gives another may not decode."""
     rows, columns, quality = 2, 3, 40
-    z = _noise(rows * columns * program.z_channels, 1) % 5 - 2
-    y_q8 = _noise(16 * rows * columns * program.latents, 2) % 4096 - 2048
+    z = noise(rows * columns * program.z_channels, 1) % 5 - 2
+    y_q8 = noise(16 * rows * columns * program.latents, 2) % 4096 - 2048
     coder = Encoder(tables)
     y_hat = walk(plan(program, backend, quality, (rows, columns), z.reshape(rows, columns, -1),
                       y_q8.reshape(4 * rows, 4 * columns, -1)), coder)
     return hashlib.sha256(coder.finish() + y_hat.astype("<i4").tobytes()).hexdigest()
 
 
-def _noise(count: int, seed: int) -> Ints:
+def noise(count: int, seed: int) -> Ints:
     """0 .. 65535, the same everywhere: a multiplicative hash of the position."""
     x = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1_000_003)) * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(29)
@@ -228,13 +259,13 @@ def _list(value: Any, most: int) -> list[Any]:
     return value
 
 
-def _parse(line: Any) -> Op:
+def _parse(line: Any, counts: Mapping[str, tuple[int, int, int]]) -> Op:
     if not isinstance(line, list) or len(line) != 5 or not all(isinstance(x, str) for x in line[:2]):
         raise WeightsError(f"program: no operator: {str(line)[:80]}")
     kind, out, *parts = line
-    if kind not in _COUNTS:
+    if kind not in counts:
         raise WeightsError(f"program: unknown operator {kind[:40]!r}: written by a later linic? Update yours")
-    for part, count, types in zip(parts, _COUNTS[kind], (str, str, int)):
+    for part, count, types in zip(parts, counts[kind], (str, str, int)):
         right = all(type(x) is types for x in _list(part, 256))
         if not right or (count >= 0 and len(part) != count) or (types is int and any(abs(x) > WORD for x in part)):
             raise WeightsError(f"program: {kind} -> {out[:40]}: {str(part)[:60]} is not what it takes")

@@ -54,13 +54,22 @@ def gaussian_likelihood(distance: Tensor, ln_scale: Tensor) -> Tensor:
     return bounded(p, LIKELIHOOD_MIN)
 
 
-def scale_index(ln_scale: Tensor, count: int, round_up: bool = False) -> Tensor:
-    """Index into the table of `count` log-spaced scales .11 .. 256: the nearest in log, or the next larger one."""
-    position = (ln_scale - LN_SCALE_MIN) * ((count - 1) / (LN_SCALE_MAX - LN_SCALE_MIN))
+def laplace_bits(distance: Tensor, ln_scale: Tensor) -> Tensor:
+    """-log2 of the Laplace mass, of scale exp(ln_scale), on the unit bin around `distance`: exact at any distance."""
+    a, s = distance.abs(), torch.exp(-ln_scale)
+    inside = 1 - 0.5 * (torch.exp(-(0.5 - a).clamp_min(0) * s) + torch.exp(-(0.5 + a) * s))
+    outside = (a - 0.5).clamp_min(0) * s + math.log(2) - torch.log1p(-torch.exp(-s))
+    return torch.where(a < 0.5, -torch.log(inside.clamp_min(LIKELIHOOD_MIN)), outside) / math.log(2)
+
+
+def scale_index(ln_scale: Tensor, count: int, round_up: bool = False,
+                span: tuple[float, float] = (LN_SCALE_MIN, LN_SCALE_MAX)) -> Tensor:
+    """Index into the table of `count` log-spaced scales (.11 .. 256): the nearest in log, or the next larger one."""
+    position = (ln_scale - span[0]) * ((count - 1) / (span[1] - span[0]))
     # 1e-9: a scale that stands in the table must not be rounded up past itself.
     index = torch.ceil(position - 1e-9) if round_up else torch.round(position)
     return index.clamp(0, count - 1)
 
 
-def ln_scale_at(index: Tensor, count: int) -> Tensor:
-    return LN_SCALE_MIN + index * ((LN_SCALE_MAX - LN_SCALE_MIN) / (count - 1))
+def ln_scale_at(index: Tensor, count: int, span: tuple[float, float] = (LN_SCALE_MIN, LN_SCALE_MAX)) -> Tensor:
+    return span[0] + index * ((span[1] - span[0]) / (count - 1))

@@ -54,6 +54,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Config:
+    """Of the family LALIC."""
+
     name: str
     family: Literal["lalic"]
     transform: Net
@@ -78,16 +80,50 @@ class Config:
         return n
 
 
-def _sane(value: Any) -> bool:
+@dataclass(frozen=True)
+class MrtConfig:
+    """Of the family MRT (mrt.py)."""
+
+    name: str
+    family: Literal["mrt"]
+    width: int  # of the pairs, at 1/16
+    heads: int
+    stem: tuple[int, ...]  # widths at 1/4 and 1/8 in the encoder
+    pixels: tuple[int, ...]  # widths at 1/8, 1/4 and 1/2 in the decoder
+    pixel_depths: tuple[int, ...]  # residual blocks there
+    decoder_pairs: int
+    rcm_width: int
+    rcm_depth: int
+    encoder_pairs: int = dataclasses.field(default=0, metadata={"least": 0})
+    latents: int = 16  # channels of a token
+    window: int = 8  # cells of 32 px: a Transformer's window, at most
+    hidden: int = 2  # hidden width / width, in Channel Mix and Transformer
+    rwkv: bool = True  # the halves of a pair, for ablations
+    transformer: bool = True
+    order: Literal["staggered", "windows"] = "staggered"  # in which tokens are coded
+    scales: int = 128  # entries of the scale table
+    init: Literal["klt", "torch"] = "klt"  # principal axes, or torch's own
+    style: Style = dataclasses.field(default_factory=lambda: Style(scan="alternating"))
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        return 32
+
+
+AnyConfig = Config | MrtConfig
+
+
+def _sane(value: Any, least: int = 1) -> bool:
     """A configuration also comes out of weight files, which may be hostile."""
-    return type(value) is bool or (type(value) is int and 0 < value <= LARGEST)
+    return type(value) is bool or (type(value) is int and least <= value <= LARGEST)
 
 
 def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
     if not isinstance(data, dict):
         raise UsageError(f"{where}: {str(data)[:80]} should be a table of fields")
-    fields, hints, values = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), {}
-    if unknown := set(data) - fields:
+    fields, hints, values = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls), {}
+    if unknown := set(data) - set(fields):
         raise UsageError(f"{where}: unknown field {sorted(unknown)[0]!r}. Known: {', '.join(sorted(fields))}")
     for name, value in data.items():
         hint, at = hints[name], f"{where}.{name}"
@@ -101,8 +137,9 @@ def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
             raise UsageError(f"{at}: {value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
         elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is not hint:
             raise UsageError(f"{at}: {value!r} should be of type {hint.__name__}")
-        if type(value) is int and not _sane(value):
-            raise UsageError(f"{at}: {value} should be from 1 to {LARGEST}")
+        least = fields[name].metadata.get("least", 1)
+        if type(value) is int and not _sane(value, least):
+            raise UsageError(f"{at}: {value} should be from {least} to {LARGEST}")
         values[name] = value
     try:
         return cls(**values)
@@ -110,8 +147,10 @@ def _make(cls: Any, data: dict[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {error}") from None
 
 
-def from_dict(data: dict[str, Any], where: str = "preset") -> Config:
-    """A Config out of plain dicts and lists (TOML or JSON)."""
+def from_dict(data: dict[str, Any], where: str = "preset") -> AnyConfig:
+    """A configuration out of plain dicts and lists (TOML or JSON)."""
+    if isinstance(data, dict) and data.get("family") == "mrt":
+        return _mrt(_make(MrtConfig, data, where), where)
     config: Config = _make(Config, data, where)
     for key, net in (("transform", config.transform), ("hyper", config.hyper)):
         n = len(net.widths)
@@ -124,7 +163,22 @@ def from_dict(data: dict[str, Any], where: str = "preset") -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def _mrt(config: MrtConfig, where: str) -> MrtConfig:
+    c = config
+    for right, what in (
+            (len(c.stem) == 2 and len(c.pixels) == len(c.pixel_depths) == 3,
+             "stem needs 2 widths, pixels and pixel_depths need 3"),
+            (c.width % c.heads == 0, f"width {c.width} is no multiple of heads {c.heads}"),
+            (c.window % 2 == 0 and c.window <= 16, f"window {c.window} should be even and at most 16"),
+            (c.stem[0] <= c.pixels[1] and c.stem[1] <= c.pixels[0] and c.pixels[2] >= 12,
+             "the decoder's widths hold the encoder's at the start: pixels[0] >= stem[1], pixels[1] >= stem[0], "
+             "pixels[2] >= 12")):
+        if not right:
+            raise UsageError(f"{where}: {what}")
+    return config
+
+
+def to_dict(config: AnyConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
@@ -132,7 +186,7 @@ def presets() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.toml"))
 
 
-def preset(name: str) -> Config:
+def preset(name: str) -> AnyConfig:
     """The preset of that name. Raises UsageError with the names that exist."""
     path = FOLDER / f"{name}.toml"
     if name not in presets():

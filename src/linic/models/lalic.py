@@ -321,6 +321,7 @@ class Lalic(nn.Module):
     """
 
     ln_prior: Tensor
+    start_crops = 1024, 64      # of init_klt: how many, and their side
 
     def __init__(self, config: Config):
         super().__init__()
@@ -515,7 +516,7 @@ class Lalic(nn.Module):
         for down, up in zip(downs, ups):
             narrow, widen = _resampling(down), _resampling(up)
             rows, n = space_to_depth(t, narrow.factor) if narrow.factor > 1 else t, narrow.proj.out_features
-            axes = _principal_axes(rows, n) if self.config.init == "klt" else _random_axes(rows.shape[-1], n).to(t)
+            axes = principal_axes(rows, n) if self.config.init == "klt" else _random_axes(rows.shape[-1], n).to(t)
             for shortcut in (down.shortcut, up.shortcut):
                 if shortcut is not None:
                     shortcut.proj.weight.normal_(0, 1e-3)
@@ -539,7 +540,7 @@ def _resampling(part: Any) -> Any:
     return part.head if isinstance(part, Transform) else part.resample
 
 
-def _principal_axes(x: Tensor, rows: int) -> Tensor:
+def principal_axes(x: Tensor, rows: int) -> Tensor:
     """Eigenvectors of the covariance of (..., C), strongest first, at most `rows`: (n, C)."""
     x = x.reshape(-1, x.shape[-1]).double()
     x = x - x.mean(0)

@@ -7,15 +7,14 @@ real pictures (`calibrate`). Raises WeightsError for presets whose networks are 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linic.entropy.convert import ACTIVATION, GATE_BITS, GELU_BITS, Builder, Floats, fit
+from linic.entropy.convert import ACTIVATION, GELU_BITS, Builder, Floats, fit
 from linic.entropy.operators import MEAN_LIMIT, QUALITIES, SYMBOL_LIMIT, Z_LIMIT
 from linic.entropy.rounding import LN_SCALE_MAX, LN_SCALE_MIN
 from linic.errors import WeightsError
@@ -33,52 +32,28 @@ from linic.models.lalic import (
     Stage,
     quality_to_lambda,
 )
+from linic.models.lowering import FEATURE_BITS, INDEX_BITS, MEAN_BITS, RESIDUAL_BITS, Lowering, Seen, numbers, watched
 
-RESIDUAL_BITS, FEATURE_BITS, INDEX_BITS, MEAN_BITS = 9, 9, 8, 12
 LEVELS = [math.log(quality_to_lambda(float(q)) / LAMBDA_0) for q in range(QUALITIES)]
-# Peaks of the networks without pictures to measure them on: generous.
-UNSEEN = 16.0
-
-
-@dataclass
-class Seen:
-    """What real pictures did to the normative networks. peaks: the largest |output| of each module ("NAME+": the
-    largest of a Channel Mix's hidden part, before its square). moments: the mean of x x^T over the inputs of each
-    Linear."""
-
-    peaks: dict[str, float] = field(default_factory=dict)
-    moments: dict[str, Floats] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def calibrate(model: Lalic, pictures: Iterable[Tensor], qualities: Iterable[float] = (0.0, 33.0, 67.0, 100.0)) -> Seen:
     """pictures: (H, W, 3) uint8, sides multiples of config.multiple."""
-    seen, rows = Seen(), dict.fromkeys([""], 0)
     model = copy.deepcopy(model).double().eval()        # in float64 no fused kernel passes the layers by
-
-    def watch(name: str, hidden: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen.peaks[name] = max(seen.peaks.get(name, 0.0), output.abs().max().item())
-            if hidden:
-                seen.peaks[f"{name}+"] = max(seen.peaks.get(f"{name}+", 0.0), output[..., :hidden].max().item())
-            if isinstance(module, nn.Linear):
-                x = inputs[0].reshape(-1, module.in_features)
-                seen.moments[name] = seen.moments.get(name, 0.0) + (x.T @ x).numpy()
-                rows[name] = rows.get(name, 0) + len(x)
-        return hook
-
+    modules: list[tuple[str, nn.Module, int]] = []
     for name, module in model.named_modules():
         if name.startswith(("h_s", "contexts")):
             mix: Any = model.get_submodule(name.rpartition(".")[0])
-            module.register_forward_hook(watch(name, mix.out.in_features if name.endswith(".kr") else 0))
-    for picture in pictures:
-        x = picture.permute(2, 0, 1)[None].double() / 255
-        for quality in qualities:
-            model(x, torch.tensor([float(quality)]))
-    for name in seen.moments:
-        seen.moments[name] /= rows[name]
-    return seen
+            modules.append((name, module, mix.out.in_features if name.endswith(".kr") else 0))
+
+    def run() -> None:
+        for picture in pictures:
+            x = picture.permute(2, 0, 1)[None].double() / 255
+            for quality in qualities:
+                model(x, torch.tensor([float(quality)]))
+
+    return watched(modules, run)
 
 
 def refused(config: Config) -> str:
@@ -100,14 +75,15 @@ def lower(model: Lalic, seen: Seen | None = None, weight_bits: Callable[[str], i
     return _Lower(model, seen or Seen(), weight_bits or (lambda name: 8 if seen else 14)).build()
 
 
-class _Lower:
+class _Lower(Lowering):
+    levels = LEVELS
+
     def __init__(self, model: Lalic, seen: Seen, weight_bits: Callable[[str], int]):
         c = model.config
         if reason := refused(c):
             raise WeightsError(f"{c.name}: {reason}")
-        self.model, self.config, self.seen, self.weight_bits = model, c, seen, weight_bits
-        self.b = Builder()
-        self.names = {id(module): name for name, module in model.named_modules()}
+        super().__init__(model, seen, weight_bits)
+        self.model, self.config = model, c
 
     def build(self) -> Builder:
         b, model, config = self.b, self.model, self.config
@@ -144,37 +120,6 @@ class _Lower:
 
     def index_per_ln(self) -> float:
         return (self.config.scales - 1) / (LN_SCALE_MAX - LN_SCALE_MIN)
-
-    def peak(self, module: nn.Module, suffix: str = "") -> float:
-        return self.seen.peaks.get(self.names[id(module)] + suffix, UNSEEN)
-
-    def linear(self, x: str, module: Any, bits: int, limit: int, low: int | None = None, weight: Floats | None = None,
-               name: str | None = None, bias: bool = True) -> str:
-        """A Linear into units of 2^-bits, clamped."""
-        name = name or self.names[id(module)]
-        weight = module.weight.double().detach().numpy() if weight is None else weight
-        offset = module.bias.double().detach().numpy() if bias and module.bias is not None else None
-        part = (len(weight), 2.0**bits, -limit if low is None else low, limit)
-        return self.rounded(x, name, weight, offset, [part])
-
-    def rounded(self, x: str, name: str, weight: Floats, bias: Floats | None,
-                parts: Sequence[tuple[int, float, int, int]]) -> str:
-        bits, moments = self.weight_bits(name), self.seen.moments.get(name)
-        if moments is not None and moments.shape[0] != weight.shape[1]:
-            moments = None      # a part of a Linear's columns
-        return self.b.linear(x, name, weight, bias, parts, bits, moments if bits == 8 else None)
-
-    def residual(self, x: nn.Module, channels: int) -> tuple[int, int]:
-        """Unit and clamp of a residual stream: 2^-9 and +-64 wherever the sums of Norm allow it."""
-        limit = min(32767, (1 << 23) // channels)
-        return (RESIDUAL_BITS if limit == 32767 else fit(self.peak(x), RESIDUAL_BITS, limit)), limit
-
-    def row(self, x: str, row: QualityRow | None, name: str, limit: int) -> str:
-        if row is None:
-            return x
-        levels = np.array(LEVELS)
-        offset = np.stack([levels, levels * levels], 1) @ row.weight.double().detach().numpy()
-        return self.b.rescale(x, name, np.ones((1, offset.shape[1])), offset, self.b.bits[x], limit)
 
     def context_input(self, y: str, name: str, unit: Floats) -> str:
         return self.b.rescale(y, name, 1 / unit, np.zeros((1, unit.shape[1])), FEATURE_BITS, ACTIVATION)
@@ -228,17 +173,13 @@ class _Lower:
             x = self.spatial_mix(x, block.spatial, limit)
         return self.channel_mix(x, block.channel, limit)
 
-    def normed(self, x: str, mix: SpatialMix | ChannelMix | MixLayer, shift: nn.Module | None) -> str:
-        """LayerNorm with its gain and bias, then the shift. (Gain and bias cannot go into later weights: the shift pads
-        with zeros.)"""
-        name, norm = self.names[id(mix)], mix.norm
-        x = self.b.norm(x, f"{name}.norm")
-        gain, bias = (t.double().detach().numpy()[None] for t in (norm.weight, norm.bias))
-        x = self.b.rescale(x, f"{name}.affine", gain, bias, fit(self.peak(norm), 11), ACTIVATION)
+    def shifted(self, x: str, mix: SpatialMix | ChannelMix | MixLayer, shift: nn.Module | None) -> str:
+        name = self.names[id(mix)]
+        x = self.normed(x, mix.norm, name)
         if shift is None:
             return x
         assert isinstance(shift, OmniShift)
-        return self.b.depthwise(x, f"{name}.shift", shift.kernel().double().detach().numpy(), fit(self.peak(shift), 11))
+        return self.b.depthwise(x, f"{name}.shift", numbers(shift.kernel()), fit(self.peak(shift), 11))
 
     def last(self, x: str, mix: SpatialMix | ChannelMix | MixLayer, bits: int, limit: int) -> str:
         """The Linear at a mix's end; the paper's layer scale goes into its rows."""
@@ -252,32 +193,19 @@ class _Lower:
         return y
 
     def spatial_mix(self, x: str, mix: SpatialMix, limit: int) -> str:
-        b, name, c = self.b, self.names[id(mix)], mix.out.in_features
-        s = self.normed(x, mix, mix.shift)
-        key = mix.kvr.out_features // c == 3
-        octave = 1024 / math.log(2)
-        parts = [(c, octave, -round(4.8 * octave), round(4.8 * octave))] if key else []
-        parts += [(c, 2.0**FEATURE_BITS, -ACTIVATION, ACTIVATION), (c, 2.0**GATE_BITS, -2048, 2047)]
-        kvr = self.rounded(s, self.names[id(mix.kvr)], mix.kvr.weight.double().detach().numpy(), None, parts)
-        at = c * (len(parts) - 2)
-        v = b.slice(kvr, f"{name}.v", at, at + c, FEATURE_BITS)
-        r = b.slice(kvr, f"{name}.r", at + c, at + 2 * c, GATE_BITS)
-        if key:
-            k = b.slice(kvr, f"{name}.k", 0, c, 10)
-            w, u = (t.double().detach().numpy() for t in mix.decay(1, mix.out.weight.new_zeros(1, c)))
-            v = b.biwkv(k, v, name, w, u)
+        b, name = self.b, self.names[id(mix)]
+        s = self.shifted(x, mix, mix.shift)
+        k, v, r = self.keys_values(s, mix.kvr, name, mix.out.in_features)
+        if k is not None:
+            v = b.biwkv(k, v, name, *map(numbers, mix.decay(1, mix.out.weight.new_zeros(1, mix.out.in_features))))
         y = self.last(b.gate(r, v, f"{name}.gated"), mix, b.bits[x], limit)
         return b.add(x, y, f"{name}.sum", limit)
 
     def channel_mix(self, x: str, mix: ChannelMix | MixLayer, limit: int) -> str:
-        b, name, c, hidden = self.b, self.names[id(mix)], mix.out.out_features, mix.out.in_features
-        s = self.normed(x, mix, getattr(mix, "shift", None))
-        bits = fit(min(self.peak(mix.kr, "+"), 16.0 / 1.25), 12)
-        parts = [(hidden, 2.0**bits, 0, min(ACTIVATION, 16 << bits)), (c, 2.0**GATE_BITS, -2048, 2047)]
-        kr = self.rounded(s, self.names[id(mix.kr)], mix.kr.weight.double().detach().numpy(), None, parts)
-        k = b.slice(kr, f"{name}.k", 0, hidden, bits)
-        r = b.slice(kr, f"{name}.r", hidden, hidden + c, GATE_BITS)
-        y = self.last(b.square(k, f"{name}.square"), mix, b.bits[x], limit)
+        b, name = self.b, self.names[id(mix)]
+        s = self.shifted(x, mix, getattr(mix, "shift", None))
+        squares, r = self.hidden(s, mix.kr, name, mix.out.in_features, mix.out.out_features)
+        y = self.last(squares, mix, b.bits[x], limit)
         return b.add(x, b.gate(r, y, f"{name}.gated"), f"{name}.sum", limit)
 
     def base(self, net: GroupContext, hyper: str, known: list[str], k: int) -> str:

@@ -1,12 +1,13 @@
 """Frequency tables: checked arrays for the coder, and how export makes them from exact probabilities.
 
 A table is n >= 2 frequencies >= 1 of sum 2^24: entry e < n - 1 stands for the symbol low + e, entry n - 1 is the
-escape. All tables lie end to end in one array. `quantise` and `gaussian_tables` are for export only: a decoder
+escape. All tables lie end to end in one array. `quantise` and the makers of tables are for export only: a decoder
 reads tables from the weight file and never computes one. Raises WeightsError (tables that are not right).
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -108,31 +109,46 @@ def _fraction(p: Any) -> Fraction:
     return Fraction(p)
 
 
-def scale_table(count: int = SCALES) -> list[float]:
-    """0.11 * (256 / 0.11)^(i / (count - 1)), i = 0..count - 1, each the float64 nearest to the true value.
+def scale_table(count: int = SCALES, low: str = SCALE_MIN, high: str = SCALE_MAX) -> list[float]:
+    """low * (high / low)^(i / (count - 1)), i = 0..count - 1, each the float64 nearest to the true value.
 
     In decimals because pow() of the C libraries differs in the last bit from machine to machine.
     """
     with localcontext() as context:
         context.prec = 50
-        low, ratio = Decimal(SCALE_MIN), Decimal(SCALE_MAX) / Decimal(SCALE_MIN)
-        return [float(low * (ratio.ln() * i / (count - 1)).exp()) for i in range(count)]
+        first, ratio = Decimal(low), Decimal(high) / Decimal(low)
+        return [float(first * (ratio.ln() * i / (count - 1)).exp()) for i in range(count)]
 
 
 def gaussian_tables(scales: Sequence[float]) -> Tables:
     """One table a scale: N(0, scale^2) over unit bins -r..r; r >= 1 is the smallest with less than 2^-24 outside."""
-    rows = [_gaussian(scale) for scale in scales]
+    from mpmath import erfc, mpf, sqrt      # slow to import; export only
+
+    return _symmetric(scales, lambda x, scale: erfc(x / (sqrt(mpf(2)) * scale)))
+
+
+def laplace_tables(scales: Sequence[float]) -> Tables:
+    """The same of the density exp(-|x| / scale) / (2 scale)."""
+    from mpmath import exp
+
+    return _symmetric(scales, lambda x, scale: exp(-x / scale))
+
+
+def _symmetric(scales: Sequence[float], beyond: Callable[[Any, Any], Any]) -> Tables:
+    """beyond(x, scale): P(|X| > x), with mpmath."""
+    from mpmath import mp
+
+    with mp.workdps(DIGITS):
+        rows = [_row(partial(beyond, scale=mp.mpf(scale))) for scale in scales]
     return Tables(np.concatenate([np.array(row, np.uint32) for row in rows]),
                   [len(row) for row in rows], [1 - len(row) // 2 for row in rows])
 
 
-def _gaussian(scale: float) -> list[int]:
-    from mpmath import erfc, mp, mpf, sqrt  # slow to import; export only
+def _row(beyond: Callable[[Any], Any]) -> list[int]:
+    from mpmath import mpf
 
-    with mp.workdps(DIGITS):
-        unit = sqrt(mpf(2)) * mpf(scale)
-        outside = [mpf(1)]                          # outside[k] = P(|X| > k - 1/2), from k = 0: everything
-        while len(outside) < 3 or outside[-1] >= mpf(2) ** -PRECISION:
-            outside.append(erfc((len(outside) - mpf(1) / 2) / unit))
-        sides = [(a - b) / 2 for a, b in pairwise(outside[1:])]
-        return quantise([*reversed(sides), 1 - outside[1], *sides, outside[-1]])
+    outside = [mpf(1)]                              # outside[k] = P(|X| > k - 1/2), from k = 0: everything
+    while len(outside) < 3 or outside[-1] >= mpf(2) ** -PRECISION:
+        outside.append(beyond(len(outside) - mpf(1) / 2))
+    sides = [(a - b) / 2 for a, b in pairwise(outside[1:])]
+    return quantise([*reversed(sides), 1 - outside[1], *sides, outside[-1]])

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or ladder: measure all (minutes) and take the fastest that is right (default: eager)")
     add("--end-file", type=Path, help="once this file exists, its number (seconds since 1970) ends the run")
     add("--cache", type=Path, help="folder of decoded pictures, to share between runs (default: <out>/pictures)")
+    add("--measures", type=Path, help="folder with the networks of perceptual losses (MRT); default: LINIC_MEASURES")
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     result = train(chosen, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
                    init=args.init, resume=args.resume, device=args.device, threads=args.threads,
-                   end_file=args.end_file, cache=args.cache,
+                   end_file=args.end_file, cache=args.cache, measures=args.measures,
                    speed=args.speed.split(",") if "," in args.speed else args.speed)
     if os.environ.get("RANK", "0") != "0":      # of several processes the first reports
         return 0

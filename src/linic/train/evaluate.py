@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linic.train.loss import bits, ms_ssim, weigh
+from linic.bench.perceptual import Measures
+from linic.train.loss import bits, extreme, ms_ssim, weigh
 from linic.train.recipe import Loss
 
 Row = dict[str, float]
 
 
 @torch.no_grad()
-def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss) -> Row:
-    """picture (H, W, 3) uint8 on the model's device; mse is that of 8-bit values over 255^2."""
+def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss, measures: Measures | None = None) -> Row:
+    """picture (H, W, 3) uint8 on the model's device; mse is that of 8-bit values over 255^2. measures: for a model whose
+    recipe has perceptual terms, of which the score holds LPIPS and VGG19n; LPIPS(alex) stands beside it and judges."""
     h, w, _ = picture.shape
     multiple: Any = model.config.multiple       # type: ignore[union-attr]
     x = picture.permute(2, 0, 1)[None].float() / 255
@@ -27,6 +29,16 @@ def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss) -> Row:
     out = model(x, torch.tensor([float(quality)], device=x.device))
     got, wanted = (out["x_hat"][:, :, :h, :w].clamp(0, 1) * 255).round(), (x[:, :, :h, :w] * 255).round()
     mse = (got - wanted).square().mean().item() / 65025
+    if "bits" in out:
+        bpp, row = out["bits"].item() / (h * w), {"quality": quality}
+        row |= {"bpp": bpp, "psnr": -10 * math.log10(max(mse, 1e-10)), "loss": extreme(out["lambda"].item(), mse, bpp)}
+        if measures and loss.perceptual:
+            got, wanted = got / 255, wanted / 255
+            row["lpips-alex"] = measures.lpips(got, wanted, "alex").item()
+            row["lpips-squeeze"] = measures.lpips(got, wanted, "squeeze").item()
+            row["vgg"] = measures.vgg(got, wanted, torch.bfloat16).item()
+            row["loss"] += loss.perceptual.lpips * row["lpips-squeeze"] + loss.perceptual.vgg * row["vgg"]
+        return row
     z = bits(out["likelihoods"]["z"]).item() / (h * w)
     bpp = bits(out["likelihoods"]["y"]).item() / (h * w) + z
     row = {"quality": quality, "bpp": bpp, "bpp_z": z, "psnr": -10 * math.log10(max(mse, 1e-10))}
@@ -38,7 +50,7 @@ def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss) -> Row:
 
 
 def evaluate(model: nn.Module, pictures: Sequence[Tensor], qualities: Sequence[float], loss: Loss,
-             stop: Callable[[], bool] = lambda: False) -> list[Row] | None:
+             stop: Callable[[], bool] = lambda: False, measures: Measures | None = None) -> list[Row] | None:
     """Means over the pictures, a row per quality. None: `stop` said so. The model comes back in its mode."""
     was_training, rows = model.training, []
     model.eval()
@@ -48,7 +60,7 @@ def evaluate(model: nn.Module, pictures: Sequence[Tensor], qualities: Sequence[f
             for picture in pictures:
                 if stop():
                     return None
-                found.append(one(model, picture, quality, loss))
+                found.append(one(model, picture, quality, loss, measures))
             rows.append({key: sum(f[key] for f in found) / len(found) for key in found[0]})
     finally:
         model.train(was_training)

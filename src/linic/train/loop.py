@@ -26,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linic.bench.perceptual import Measures
 from linic.errors import LinicError, RecipeError, UsageError
+from linic.models import Mrt
 from linic.train import checkpoint, data, evaluate, flops, ladder, optimisers, ranks, speed
 from linic.train import recipe as recipes
 from linic.train.loss import SMALLEST_SIDE
+from linic.train.perceptual import Perceptual
 from linic.train.machine import Every, Neighbours, Stop, settings, time_limit
 from linic.train.ranks import Ranks
 from linic.train.recipe import Quality, Recipe
@@ -38,7 +41,6 @@ Clock = Callable[[], float]
 BAD_STEPS_IN_A_ROW = 50
 PREPARATION_SECONDS = 60.0      # of one rung, at the start of a phase
 AHEAD = 3                       # steps that may be queued on a GPU: more, and the wall clock no longer steers the run
-KLT_CROPS = 1024
 
 
 def say(line: str) -> None:
@@ -65,6 +67,8 @@ class Trainer:
         self.model = model.to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.extreme = isinstance(model, Mrt)
+        self.judge: Perceptual | None = None        # where the recipe has perceptual phases
         self.optimiser = optimisers.build(recipe.optimiser, self.model)
         self.queued = device.startswith("cuda")     # results are read when somebody asks: `drain`
         self.queue: list[tuple[Tensor, int]] = []   # numbers and crops of steps not read yet
@@ -80,16 +84,19 @@ class Trainer:
         self.seen: list[data.Window] = []           # parts of training pictures, to judge by beside the others
 
     def step(self, progress: float) -> list[float] | None:
-        """loss, bpp, bpp of z, PSNR, gradient norm of one step; None: something was not finite, nothing changed.
+        """loss, bpp, an aside (loss.Terms), PSNR, gradient norm of one step; None: something was not finite, nothing changed.
         On a GPU always None: see `drain`."""
         r, phase = self.recipe, self.recipe.phase_at(progress)
         self.lr = r.optimiser.lr * r.schedule.factor(progress)
+        if self.extreme:
+            self.model.noise, self.model.dead_zone = phase.rounding == "noise", phase.rounding == "dead-zone"
         batch = phase.batch * self.choice.batch
         x = self.crops.batch(batch // self.us.count, phase.crop).permute(0, 3, 1, 2)
         quality = draw_quality(r.quality, len(x), self.device)
         if self.fast is None or x.shape != self.shape:
             self.fast, self.shape = self._fastest(x, quality), x.shape
             self.fast.average = self.us.average if self.us.count > 1 else None
+        self.fast.judge = self.judge if phase.perceptual else None
         self.queue.append((self.fast(x, quality, self.lr), batch))
         self.step_count += 1
         self.crop_count += batch
@@ -315,12 +322,13 @@ class Run:
         rate = (t.crop_count - self.crops_at) / seconds
         mfu = self.pixel_flops * (t.pixels - self.pixels_at) / seconds / self.peak
         means = [sum(c) / len(self.rows) for c in zip(*self.rows)] or [math.nan] * 5
-        self.last = dict(zip(("loss", "bpp", "bpp_z", "psnr", "norm"), means), crops_per_s=rate,
+        aside, sign = ("lpips", "LPIPS-squeeze") if t.extreme else ("bpp_z", "z")
+        self.last = dict(zip(("loss", "bpp", aside, "psnr", "norm"), means), crops_per_s=rate,
                          lr=t.lr, mfu=mfu)
         say(f"{t.elapsed_s / 60:6.1f} min  {100 * self.progress:5.1f} %  step {t.step_count}"
             f"  crop {phase.crop}x{phase.batch * t.choice.batch}"
             f"  {rate:.1f} crops/s  MFU {'unknown' if math.isnan(mfu) else f'{100 * mfu:.0f} %'}"
-            f"  loss {means[0]:.4f}  bpp {means[1]:.4f} (z {means[2]:.4f})  PSNR {means[3]:.2f}"
+            f"  loss {means[0]:.4f}  bpp {means[1]:.4f} ({sign} {means[2]:.4f})  PSNR {means[3]:.2f}"
             f"  norm {means[4]:.2f}  lr {self.last['lr']:.2e}  skipped {t.skipped}  threads {torch.get_num_threads()}")
         self.rows, self.paused_s, self.logged_at = [], 0.0, now
         self.crops_at, self.pixels_at = t.crop_count, t.pixels
@@ -347,7 +355,8 @@ class Run:
         if not self.us.first:
             return
         t, e = self.trainer, self.trainer.recipe.evaluation
-        judge = partial(evaluate.evaluate, qualities=e.qualities, loss=t.recipe.loss, stop=lambda: self.stop.asked)
+        judge = partial(evaluate.evaluate, qualities=e.qualities, loss=t.recipe.loss, stop=lambda: self.stop.asked,
+                        measures=t.judge and t.judge.measures)
         for name, model in (("raw", t.model), ("ema", t.ema)) if self.pictures else ():
             rows = judge(model, self.pictures)
             if rows is None:
@@ -393,8 +402,8 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
           valid: str | Path | None = None, init: str | Path | None = None, resume: bool = False, device: str = "auto",
           threads: int | None = None, end_file: str | Path | None = None, cache: str | Path | None = None,
           clock: Clock = time.time, model: nn.Module | None = None,
-          speed: str | Sequence[str] = "eager") -> dict[str, Any]:
-    """`model`: instead of the recipe's preset (tests). `clock`: seconds since 1970. `speed`: a rung, "ladder" or the
+          speed: str | Sequence[str] = "eager", measures: str | Path | None = None) -> dict[str, Any]:
+    """`measures`: folder of the networks of perceptual phases (bench/perceptual.py). `model`: instead of the recipe's preset (tests). `clock`: seconds since 1970. `speed`: a rung, "ladder" or the
     rungs of one. `budget_s` may be left out where the recipe counts steps."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     out, state = Path(out), Path(out) / "state.safetensors"
@@ -406,6 +415,9 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
     if budget_s is None and not recipe.schedule.steps:
         raise UsageError("a budget is needed (--budget 60m): the recipe has no schedule.steps that would end the run")
     device = _device(device)
+    judge = None
+    if any(p.perceptual for p in recipe.phases):
+        judge = Perceptual(Measures(Path(measures) if measures else None, device))
     with (ranks.joined(device) as us, us.quiet(),
           settings(device, threads or torch.get_num_threads(), recipe.seed + us.rank)):
         _check_share(recipe, us)
@@ -417,6 +429,7 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
             model = build(recipe.model.preset)
         trainer = start(recipe, model, crops, device, str(init or ""), state if going_on else None,
                          _choice(recipe, device, speed, us), us)
+        trainer.judge = judge
         if not trainer.seen:
             sizes = [(int(p.shape[0]), int(p.shape[1])) for p in pictures]
             trainer.seen = crops.library.windows_like(sizes, recipe.seed)
@@ -515,7 +528,8 @@ def start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init
         if missing or extra:
             say(f"{init}: not in it: {', '.join(missing) or 'nothing'}; not used: {', '.join(extra) or 'nothing'}")
     elif state is None and getattr(config, "init", "torch") != "torch":
-        model.to(device).init_klt(torch.cat([crops.batch(64, 64) for _ in range(KLT_CROPS // 64)]))  # type: ignore[operator]
+        number, side = model.start_crops        # type: ignore[misc]
+        model.to(device).init_klt(torch.cat([crops.batch(32, side) for _ in range(number // 32)]))  # type: ignore[operator]
     model.set_bf16(recipe.model.bf16)   # type: ignore[operator]
     ladder.use_backends(choice.backends, device)
     us.same(list(model.to(device).state_dict().values()))

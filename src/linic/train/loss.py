@@ -5,6 +5,10 @@
 Distortion: 65025 * mse, 65025 = 255^2: lambda weighs the error of the 0-255 scale, as in the papers; or
 1 - MS-SSIM. lambda: the recipe's, or that of each crop's quality. The power makes the loss of every quality about as
 large, so that none rules the gradient.
+
+MRT, whose output has its own lambda, has it the other way round, which makes all qualities equal at once:
+
+    lambda * bpp + 100 * mse (+ the terms of perceptual.py, weighed)
 """
 
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from linic.errors import UsageError
 from linic.models.lalic import quality_to_lambda
+from linic.train.perceptual import Perceptual
 from linic.train.recipe import Loss
 
 REFERENCE_LAMBDA = 0.013
@@ -32,8 +37,8 @@ class Terms:
 
     loss: Tensor
     mse: Tensor                         # of values in [0, 1]
-    bpp: Tensor                         # y and z
-    bpp_z: Tensor
+    bpp: Tensor                         # all latents
+    aside: Tensor                       # bits per pixel of z; MRT: LPIPS on SqueezeNet, where it is in the loss
 
 
 def bits(likelihoods: Tensor) -> Tensor:
@@ -52,14 +57,27 @@ def weigh(loss: Loss, quality: Any, distortion: Any, bpp: Any) -> Any:
     return (lam * distortion + bpp) * power
 
 
-def rate_distortion(out: dict[str, Any], x: Tensor, quality: Tensor, loss: Loss) -> Terms:
-    """`out` of a model for x (B, 3, H, W) in [0, 1] at quality (B,)."""
+def rate_distortion(out: dict[str, Any], x: Tensor, quality: Tensor, loss: Loss,
+                    judge: Perceptual | None = None) -> Terms:
+    """`out` of a model for x (B, 3, H, W) in [0, 1] at quality (B,). judge: with the weights of loss.perceptual."""
     mse = (out["x_hat"] - x).square().mean((1, 2, 3))
     pixels = x.shape[2] * x.shape[3]
+    if "bits" in out:
+        bpp, aside = out["bits"] / pixels, torch.zeros_like(mse)
+        total = extreme(out["lambda"], mse, bpp)
+        if judge is not None and loss.perceptual is not None:
+            terms, w = judge(out["x_hat"], x), loss.perceptual
+            total = total + w.lpips * terms.lpips + w.vgg * terms.vgg + w.wd * terms.wd + w.phase * terms.phase
+            aside = aside + terms.lpips.detach()
+        return Terms(total, mse, bpp, aside)
     bpp_z = bits(out["likelihoods"]["z"]) / pixels
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
     distortion = mse if loss.distortion == "mse" else 1 - ms_ssim(out["x_hat"], x)
     return Terms(weigh(loss, quality, distortion, bpp), mse, bpp, bpp_z)
+
+
+def extreme(lambda_: Any, mse: Any, bpp: Any) -> Any:
+    return lambda_ * bpp + 100 * mse
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -48,12 +48,23 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Perceptual:
+    """Weights of the terms of perceptual.py beside 100 mse, in phases that say so."""
+
+    lpips: float
+    vgg: float
+    wd: float
+    phase: float
+
+
+@dataclass(frozen=True)
 class Loss:
     """See loss.py. `lambda`: of a model for one rate, instead of a drawn quality."""
 
     exponent: float = 0.0               # (lambda * 65025 * mse + bpp) * (lambda / 0.013) ** -exponent
     distortion: Literal["mse", "ms-ssim"] = "mse"
     lambda_: float | None = None
+    perceptual: Perceptual | None = None        # MRT only
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ class Phase:
     start: float                        # progress from which it holds
     crop: int                           # pixels, square
     batch: int                          # of all processes together
+    rounding: Literal["noise", "round", "dead-zone"] = "dead-zone"      # of MRT's latents (mrt.py)
+    perceptual: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,6 +258,8 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
         (bool(starts) and starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1,
          f"phases start at {starts}: the first at 0, each later than the one before, all below 1"),
         (all(p.crop > 0 and p.batch > 0 for p in r.phases), "phases need crop and batch above 0"),
+        (r.loss.perceptual is not None or not any(p.perceptual for p in r.phases),
+         "perceptual phases need [loss.perceptual]"),
         (0 <= r.ema.decay < 1 and r.ema.every > 0, "ema.decay must lie in [0, 1), ema.every above 0"),
         (bool(r.evaluation.qualities) and r.evaluation.pictures > 0, "evaluation needs a picture and a quality"),
         (min(r.intervals.log_seconds, r.intervals.save_seconds, r.intervals.evaluate_seconds) > 0,

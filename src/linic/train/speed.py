@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 
 from linic.errors import LinicError
 from linic.train.loss import rate_distortion
+from linic.train.perceptual import Perceptual
 from linic.train.recipe import Loss
 
 SMALLEST = 256          # tokens of a picture: blocks with fewer are not worth their seconds of compilation
@@ -29,7 +30,7 @@ SMALL_GRADIENT = 1e-3   # share of the whole gradient's norm
 
 
 class Step:
-    """Forward, backward, clip, AdamW. -> loss, bpp, bpp of z, PSNR, gradient norm: (5,), on the device.
+    """Forward, backward, clip, AdamW. -> loss, bpp, loss.Terms.aside, PSNR, gradient norm: (5,), on the device.
 
     A step whose loss or gradient is not finite changes nothing: the fused AdamW is told so on the device.
     """
@@ -39,6 +40,7 @@ class Step:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.forward: Callable[..., Any] = model
+        self.judge: Perceptual | None = None            # of this step
         self.average: Callable[[list[Tensor]], None] | None = None      # over the processes of a run (ranks.py)
         state: Any = optimiser              # GradScaler's way to tell a fused optimiser
         state.found_inf, state.grad_scale = torch.zeros((), device=self.device), None
@@ -58,13 +60,13 @@ class Step:
         state.found_inf = self.found_inf
 
     def run(self, x: Tensor, quality: Tensor) -> Tensor:
-        terms = rate_distortion(self.forward(x, quality), x, quality, self.loss)
+        terms = rate_distortion(self.forward(x, quality), x, quality, self.loss, self.judge)
         loss = terms.loss.mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
             psnr = (-10 * torch.log10(terms.mse.clamp_min(1e-10))).mean()
-            numbers = torch.stack([loss, terms.bpp.mean(), terms.bpp_z.mean(), psnr])
+            numbers = torch.stack([loss, terms.bpp.mean(), terms.aside.mean(), psnr])
             if self.average:
                 self.average([numbers, *(p.grad for p in self.params if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
