@@ -3,7 +3,8 @@
     python scripts/experiments.py run experiments/attention.toml --data PICTURES --valid OTHERS --out FOLDER --jobs 2
     python scripts/experiments.py table experiments/attention.toml --out FOLDER
 
-The file names a recipe, a budget in CPU time and the runs: what each `set`s differently, by dotted key of the recipe.
+The file names a recipe, a budget in CPU time and the runs: what each `set`s differently, by dotted key of the recipe;
+a run may name a recipe of its own. Plans for MRT need --measures, and their table compares at one rate.
 Every run is judged by its last weights on all PNGs of --valid and the plan's loss: estimated rates, hard rounding
 (train/evaluate.py); at the qualities in `judge` (of the plan or a run), else at six. With `judge` the table has a row
 for each of them instead of a BD-rate. `init`, of the plan or a run: as of `linic train`.
@@ -20,6 +21,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+BPP = 0.0118                    # at which runs of MRT are compared
 QUALITIES = (0.0, 10.0, 35.0, 60.0, 90.0, 100.0)
 
 
@@ -42,14 +44,16 @@ def one(args: argparse.Namespace) -> None:
     run = next(r for r in plan["runs"] if r["name"] == args.name)
     out = args.out / args.name
     out.mkdir(parents=True, exist_ok=True)
-    chosen = recipe.load(plan["recipe"], {**plan.get("set", {}), **run.get("set", {})})
+    chosen = recipe.load(run.get("recipe", plan["recipe"]), {**plan.get("set", {}), **run.get("set", {})})
     status = train(chosen, data=args.data, valid=args.valid, out=out, cache=args.out / "pictures", threads=1,
                    budget_s=seconds(run.get("budget", plan["budget"])), clock=time.process_time, resume=True,
                    init=None if (out / "state.safetensors").exists() else run.get("init", plan.get("init")),
-                   device="cpu")
+                   device="cpu", measures=args.measures)
     if status["state"] != "done":
         return
     from linic.models import build
+    from linic.train.loop import networks_of
+    networks, _ = networks_of(recipe.load(plan["recipe"], plan.get("set", {})), args.measures, "cpu")
     loss = recipe.load(plan["recipe"], plan.get("set", {})).loss     # one for all, whatever a run trains for
     qualities = run.get("judge", plan.get("judge", QUALITIES))
     judged = [torch.from_numpy(data.read_picture(p)) for p in sorted(args.valid.glob("*.png"))]
@@ -58,7 +62,7 @@ def one(args: argparse.Namespace) -> None:
         model = build(chosen.model.preset).eval()
         model.load_state_dict(load_file(out / f"{weights}.safetensors"))
         with torch.no_grad():
-            rows = evaluate.evaluate(model, judged, qualities, loss)
+            rows = evaluate.evaluate(model, judged, qualities, loss, measures=networks)
         result[weights] = rows
     (out / "result.json").write_text(json.dumps(result, indent=1))
     for name in ("state", "best", "trunk"):
@@ -77,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
             with (args.out / f"{name}.log").open("ab") as log:
                 running[name] = subprocess.Popen([sys.executable, __file__, "one", str(args.plan), "--name", name,
                                                   "--data", str(args.data), "--valid", str(args.valid),
-                                                  "--out", str(args.out)], stderr=log, stdout=log)
+                                                  "--out", str(args.out),
+                                                  *(["--measures", str(args.measures)] if args.measures else [])],
+                                                 stderr=log, stdout=log)
             print(name, "started", flush=True)
             time.sleep(args.stagger)
         time.sleep(1)
@@ -88,6 +94,9 @@ def table(args: argparse.Namespace) -> None:
     from linic.bench.bdrate import bd_rate
 
     plan = read(args.plan)
+    done = [args.out / r["name"] / "result.json" for r in plan["runs"]]
+    if any("lpips-alex" in json.loads(p.read_text())["raw"][0] for p in done if p.exists()):
+        return at_one_rate(args, plan)
     if "judge" in plan:
         return by_quality(args, plan)
     curves: list[Curve] = []
@@ -121,6 +130,29 @@ def by_quality(args: argparse.Namespace, plan: dict[str, Any]) -> None:
                   f"| {row['loss']:.4f} | {100 * more:+.2f} % | {differs} |")
 
 
+def at_one_rate(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """For MRT: between the judged qualities, at BPP. EMA weights, which ship."""
+    import numpy as np
+
+    print(f"| run | crops | LPIPS(alex) at {BPP} | LPIPS(squeeze) | PSNR | bpp at the middle quality | loss "
+          "| what differs |\n" + "|---" * 8 + "|")
+    for r in plan["runs"]:
+        path = args.out / r["name"] / "result.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        rows = sorted(result["ema"], key=lambda row: row["bpp"])
+        ln_bpp = np.log([row["bpp"] for row in rows])
+        alex, squeeze, psnr = (float(np.interp(np.log(BPP), ln_bpp, [row[k] for row in rows]))
+                               for k in ("lpips-alex", "lpips-squeeze", "psnr"))
+        middle = sorted(rows, key=lambda row: row["quality"])[len(rows) // 2]
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        differs = ", ".join([*([r["recipe"]] if "recipe" in r else []),
+                             *(f"{k} = {v}" for k, v in r.get("set", {}).items())])
+        print(f"| {r['name']} | {result['crops']:,} | {alex:.4f} | {squeeze:.4f} | {psnr:.2f} | {middle['bpp']:.4f} "
+              f"| {loss:.4f} | {differs} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     sub = parser.add_subparsers(required=True)
@@ -132,6 +164,7 @@ def main() -> None:
         if do is not table:
             command.add_argument("--data", type=Path, required=True)
             command.add_argument("--valid", type=Path, required=True)
+            command.add_argument("--measures", type=Path, help="networks of perceptual losses, as of linic train")
         if do is run:
             command.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
             command.add_argument("--stagger", type=float, default=20, help="seconds between two starts")

@@ -2,7 +2,7 @@
 """Training on a machine that is lent for half an hour: one process that outlives the calls, weights in small parts.
 
     lease.py rehearse [--recipe R] [--data PICTURES] [--carry DIR ...]          at home, on the CPU, before the lease
-    lease.py start --recipe R --data DIR --work DIR [--init FILE] [--device cuda]
+    lease.py start --recipe R --data DIR --work DIR [--init FILE] [--measures DIR] [--device cuda]
     lease.py add --data-from DIR --work DIR                                     further shards, while it runs
     lease.py poll --work DIR --seconds N --out DIR [--weights ema|raw|trunk|best]
     lease.py end --work DIR --in SECONDS                                        move the end of the run
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     folder, needed = {"type": Path}, {"type": Path, "required": True}
     what = [("--recipe", needed), ("--data", needed), ("--work", needed), ("--valid", folder),
             ("--init", {"type": Path, "help": "checkpoint, or folder of its parts"}),
+            ("--measures", {"type": Path, "help": "folder of the networks of perceptual losses (MRT)"}),
             ("--site", {"type": Path, "help": "folder of wheels, unpacked or not: first on the path"}),
             ("--device", {"default": "cuda"})]
     command(start, *what,
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     command(end, ("--work", needed), ("--in", {"type": float, "required": True, "dest": "seconds"}))
     command(join, ("parts", {"type": Path, "help": "folder or manifest"}), ("-o", {**needed, "dest": "out"}))
     command(rehearse, ("--recipe", {"type": Path, "default": ROOT / "recipes" / "lalic-s.toml"}),
-            ("--data", folder), ("--carry", {"type": Path, "nargs": "*", "default": []}),
+            ("--data", folder), ("--carry", {"type": Path, "nargs": "*", "default": []}), ("--measures", folder),
             ("--limit", {"type": float, "default": 600.0, "help": "seconds after which it has failed"}))
     return parser
 
@@ -107,7 +108,8 @@ def start(args: Any) -> None:
         raise Refused(f"{args.data}: no shards (.tar) and no pictures")
     for shard in shards:
         shutil.copyfile(shard, work / "data" / shard.name)
-    kept: dict[str, Path | None] = {"valid": args.valid, "site": args.site, "init": args.init}
+    kept: dict[str, Path | None] = {"valid": args.valid, "site": args.site, "init": args.init,
+                                    "measures": args.measures}
     for name, source in kept.items():           # the checkout is replaced at the next call
         if name == "init" and source and source.is_dir():
             kept[name] = work / "init.safetensors"
@@ -151,9 +153,12 @@ def check(args: Any) -> int:
     import torch
     from PIL import features
 
+    from linic.errors import LinicError
     from linic.kernels.choice import choose
     from linic.models import build
-    from linic.train import checkpoint, data, ladder, recipe, speed
+    from linic.train import checkpoint, data, ladder, loop, optimisers, recipe, speed
+    from linic.train.codes import Codes
+    from linic.train.critic import Critic
 
     print(f"python {sys.version.split()[0]}, torch {torch.__version__}, numpy {numpy.__version__}, "
           f"pillow {PIL.__version__}, safetensors {safetensors.__version__}", flush=True)
@@ -171,6 +176,12 @@ def check(args: Any) -> int:
         raise Refused("no CUDA device here")
     print(torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "kernels:",
           {name: choose(name, device.type, torch.float32, None) for name in ("biwkv", "dwconv5")}, flush=True)
+    try:
+        networks, judge = loop.networks_of(r, args.measures, args.device)
+    except LinicError as error:
+        raise Refused(f"{error} (--measures)") from error
+    if r.critic and not args.init:
+        raise Refused(f"{args.recipe} has a critic: it needs --init")
     model = build(r.model.preset).to(device).train()
     if args.init:
         missing, extra = checkpoint.initialise(model, args.init)
@@ -178,8 +189,11 @@ def check(args: Any) -> int:
     if args.torch_kernels:
         ladder.use_backends(dict.fromkeys(ladder.OPERATORS, "torch"), args.device)
     try:
-        optimiser = torch.optim.AdamW(model.parameters(), r.optimiser.lr, r.optimiser.betas, fused=True)
-        step = speed.Step(model, optimiser, r.optimiser.clip, r.loss)
+        model.set_bf16(r.model.bf16)
+        critic = Critic(r.critic, model, r.optimiser.lr) if r.critic else None          # freezes what it does not train
+        step = speed.Step(model, optimisers.build(r.optimiser, model), r.optimiser.clip, r.loss)
+        step.judge = judge
+        step.stage = critic or (Codes(r.codes, model, networks, r.optimiser.lr) if r.codes else None)
         side = r.phases[0].crop
         x = torch.rand(1, side, side, 3, device=device).permute(0, 3, 1, 2)
         loss = float(step(x, torch.full((1,), 50.0, device=device), 0.0)[0])
@@ -202,6 +216,7 @@ def supervise(args: Any) -> int:
                    "--end-file", args.work / "end", "--cache", args.work / "pictures", "--device", args.device,
                    "--speed", speed]
         command += ["--valid", args.valid] if args.valid else []
+        command += ["--measures", args.measures] if args.measures else []
         command += ["--resume"] if going_on else ["--init", args.init] if args.init else []
         print(f"lease: speed {speed}{', going on' if going_on else ''}", flush=True)
         code = subprocess.run(list(map(str, command)), env=_environment(args.work)).returncode
@@ -359,7 +374,8 @@ class _Rehearsal:
         with zipfile.ZipFile(self.folder / "site" / "a-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("a_wheel_that_travels.py", "")
         self.lease("start", "--recipe", self.recipe(), "--data", first, "--valid", self.folder / "valid",
-                   "--site", self.folder / "site", "--work", self.work, "--device", "cpu", "--budget", 3000)
+                   "--site", self.folder / "site", "--work", self.work, "--device", "cpu", "--budget", 3000,
+                   *self.networks_and_init())
         self.expect("a carried wheel can be imported", subprocess.run(
             [sys.executable, "-c", "import a_wheel_that_travels"], env={**os.environ, **_environment(self.work)}
         ).returncode == 0)
@@ -406,12 +422,29 @@ class _Rehearsal:
     def recipe(self) -> Path:
         """The recipe with small crops and short intervals."""
         table = tomllib.loads(self.args.recipe.read_text(encoding="utf-8"))
-        table["phases"] = [{"start": 0.0, "crop": 64, "batch": 2}, {"start": 0.85, "crop": 128, "batch": 1}]
+        looked = any(p.get("perceptual") for p in table["phases"])
+        table["phases"] = [{"start": 0.0, "crop": 64, "batch": 2},
+                           {"start": 0.85, "crop": 128, "batch": 1, "perceptual": looked}]
+        if "codes" in table:
+            table["phases"][0]["stage"] = "codes"
+            table["codes"] |= {"squeeze": 32, "vgg": 16, "axes": 8, "examples": 2}
         table["intervals"] = {"log_seconds": 1, "save_seconds": 2, "evaluate_seconds": 4}
         table["evaluation"] |= {"pictures": 1, "qualities": [50.0]}
         path = self.folder / "small.toml"
         path.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in table.items()))
         return path
+
+    def networks_and_init(self) -> list[Any]:
+        """What a recipe of MRT needs beside pictures."""
+        table, more = tomllib.loads(self.args.recipe.read_text(encoding="utf-8")), list[Any]()
+        if "critic" in table:
+            from linic.models import build
+            from linic.train import checkpoint
+
+            init, preset = self.folder / "trained.safetensors", table["model"]["preset"]
+            checkpoint.save(init, build(preset).state_dict(), {"preset": preset, "step": 0})
+            more += ["--init", init]
+        return more + (["--measures", self.args.measures.resolve()] if self.args.measures else [])
 
     def shards(self) -> tuple[Path, Path]:
         """Two folders with a shard each: of the pictures given, or made up."""

@@ -11,11 +11,12 @@ from linic.picture.files import read_bytes, to_bytes
 MAGIC = b"stand-in "
 
 
-def encode(image, quality=50, model="lalic-xs", device="auto", profile="full"):
-    if model != "lalic-xs":
+def encode(image, quality=None, model="auto", device="auto", profile=None, *, extreme=False, bpp=None, size=None):
+    if model not in ("auto", "lalic-xs"):
         raise ModelMissing(f"no model {model!r}. Installed: lalic-xs")
     pixels = to_bytes(image)[0]
-    head = {"quality": quality, "width": image.width, "height": image.height, "payload": len(pixels)}
+    head = {"quality": [50 if quality is None else quality], "width": image.width, "height": image.height,
+            "payload": len(pixels), "model": "mrt-xs" if extreme else "lalic-xs", "asked": [bpp, size]}
     return MAGIC + json.dumps(head).encode() + b"\n" + pixels
 
 
@@ -25,7 +26,7 @@ def info(data):
     return json.loads(data[len(MAGIC):].split(b"\n", 1)[0])
 
 
-def decode(data, *, model=None, max_pixels=1 << 28, device="auto"):
+def decode(data, *, model=None, max_pixels=1 << 28, device="auto", realism=None):
     head = info(data)
     if head["width"] * head["height"] > max_pixels:
         raise LimitExceeded(8, f"{head['width']}x{head['height']} is over the limit of {max_pixels} pixels")

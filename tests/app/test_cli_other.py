@@ -173,7 +173,8 @@ def test_export_makes_a_weight_file_and_never_overwrites_one_unasked(fake_export
     command = ["export", "runs/a", "-o", str(tmp_path / "tiny.safetensors"), "--about", "data=some=pictures"]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'tiny.safetensors'}  5 bytes  tiny  3.90 M parameters")
-    assert fake_export == [("runs/a", {"measure": None, "about": {"data": "some=pictures"}, "int8": True})]
+    assert fake_export == [("runs/a", {"measure": None, "about": {"data": "some=pictures"}, "int8": True,
+                                         "adversarial": None})]
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*command, "--force", "--json"]) == 0

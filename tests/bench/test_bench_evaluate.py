@@ -8,6 +8,8 @@ from PIL import Image
 
 import linic
 from linic.bench import evaluate as bench
+from linic.bench import report
+from linic.bench.judge import KEYS, Judge
 from linic.bench.metrics import psnr
 from linic.errors import UsageError
 
@@ -100,3 +102,17 @@ def test_a_folder_without_pictures_and_a_missing_one_are_refused(tmp_path):
 
 def test_one_picture_can_be_named_instead_of_a_folder(folder):
     assert bench.pictures_in(folder / "0.png") == [folder / "0.png"]
+
+
+@pytest.mark.usefixtures("jpeg_codec")
+def test_a_judge_brings_its_columns_and_changes_none_of_the_others(folder):
+    plain = bench.evaluate(folder, [20, 80])
+    judged = bench.evaluate(folder, [20, 80], judge=Judge())
+    assert set(KEYS) <= set(judged["results"]) and set(KEYS) <= set(judged["per_image"][0])
+    for key in ("bpp", "psnr-rgb", "ms-ssim-rgb"):
+        assert judged["results"][key] == plain["results"][key]
+    assert judged["results"]["seam16-ratio"][0] > judged["results"]["seam16-ratio"][1]      # JPEG's blocks
+    assert json.loads(json.dumps(judged, allow_nan=False)) == judged
+    text = report.markdown(judged)
+    assert "| LPIPS(alex) |" in text and "no model of linic is trained on it" in text
+    assert "LPIPS" not in report.markdown(plain)

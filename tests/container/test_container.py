@@ -18,6 +18,7 @@ from linic.container import (
     MAX_PIXELS,
     METADATA,
     MODEL_CODES,
+    NOTE,
     Image,
     Tile,
     build,
@@ -322,6 +323,27 @@ def test_models_have_the_numbers_that_files_hold():
     assert MODEL_CODES == {1: "lalic-xs", 2: "lalic-s", 3: "lalic", 17: "mrt-xs", 18: "mrt-s", 19: "mrt"}
     assert parse(build(SMALL)).model_name == "lalic-xs" and RICH.model_name is None
     assert list(METADATA) == ["ICCP", "EXIF", "XMP_", "TEXT"]
+
+
+def test_a_picture_whose_details_are_invented_says_so_by_its_model_code_or_its_text():
+    assert TINY.note == parse(build(TINY)).note == NOTE and "must not be used as evidence" in NOTE
+    assert {name for code, name in MODEL_CODES.items() if replace(TINY, model=code).note} == {"mrt-xs", "mrt-s", "mrt"}
+    assert SMALL.note == "" and RICH.note == "näher"
+    assert replace(SMALL, metadata={"TEXT": NOTE.encode()}).note == NOTE
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 31), (2100, 40), (2112, 4100), (2080, 2081), (8704, 4992)])
+def test_tiles_in_cells_of_32_pixels_cover_each_once_and_are_those_in_cells_of_64(size):
+    across, down = tiling(*size)
+    image = replace(SMALL, width=size[0], height=size[1], tiles_x=across, tiles_y=down)
+    covered = set()
+    for coarse, fine in zip(image.cells(), image.cells(32), strict=True):
+        for c, f, side in zip(coarse, fine, reversed(size)):
+            assert f.start == 2 * c.start and f.stop == min(2 * c.stop, -(-side // 32)) and 0 < f.stop - f.start <= 64
+        cells = set(itertools.product(*(range(f.start, f.stop) for f in fine)))
+        assert not cells & covered
+        covered |= cells
+    assert len(covered) == -(-size[0] // 32) * -(-size[1] // 32)
 
 
 def test_a_megabyte_of_tiny_chunks_or_tiles_is_parsed_within_seconds():

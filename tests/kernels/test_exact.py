@@ -20,12 +20,14 @@ from linic.entropy.operators import (
     Spec,
 )
 from linic.entropy.program import Numpy, known_answer, plan
+from linic.entropy.steps import StepProgram
 from linic.entropy.walk import walk
 from linic.errors import BackendMissing
 from linic.kernels import exact
 
 needed = pytest.mark.skipif(exact.lib is None, reason=exact.missing)
 GRIDS = [(1, 1, 1), (3, 2, 3), (1, 7, 9), (2, 8, 13)]
+DEFINED = {**OPERATORS, **StepProgram.operators}
 SIZES = [(*grid, c) for grid, c in zip(GRIDS, (1, 16, 21, 96))] + [(1, 1, 1, 96), (3, 5, 1, 7), (1, 1, 50, 33)]
 EXP, FALL = (np.rint(2.0 ** (np.arange(first, last + 1) / 1024 + bits)).astype(np.int64)
              for first, last, bits in ((EXP_FIRST, EXP_LAST, 20), (FALL_FIRST, BONUS_LIMIT, 14)))
@@ -75,11 +77,11 @@ def both(ops, tensors, inputs, quality=40, register=lambda x: torch.from_numpy(x
     wanted, got = dict(inputs), {name: register(x) for name, x in inputs.items()}
     for op in ops:
         own = [tensors[t] for t in op.tensors]
-        specs[op.out] = OPERATORS[op.kind].check(op, *(specs[a] for a in op.args), *own)
+        specs[op.out] = DEFINED[op.kind].check(op, *(specs[a] for a in op.args), *own)
     kernels = native.Native(ops, tensors, specs, fallback, wait)
     for op in ops:
-        wanted[op.out] = OPERATORS[op.kind].run(op, quality, *(wanted[a] for a in op.args),
-                                                *(tensors[t] for t in op.tensors))
+        wanted[op.out] = DEFINED[op.kind].run(op, quality, *(wanted[a] for a in op.args),
+                                              *(tensors[t] for t in op.tensors))
         got[op.out] = kernels.run(op, quality, [got[a] for a in op.args])
     return wanted, got, kernels
 
@@ -131,13 +133,13 @@ def test_sums_and_results_beyond_32_bits_are_left_to_torch(random):
 @needed
 def test_an_operator_without_a_kernel_is_left_to_torch(random):
     ops = [Op("add", "k", ("x", "x"), (), (-9, 9)),
-           Op("recurrence", "y", ("k", "x", "x", "k"), ("decay", "bonus", "exp"), ())]
-    tensors = {"decay": np.full(5, 99), "bonus": np.full(5, -9), "exp": EXP}
+           Op("near", "y", ("x", "k"), ("w", "q"), ())]
+    tensors = {"w": np.arange(10).reshape(2, 5), "q": requant(random, 5)}
     x = drawn(random, (1, 2, 3, 5), -99, 99)
 
     def fallback(op, quality, *registers):
         numbers = [r.long().numpy() for r in registers]
-        return torch.from_numpy(OPERATORS[op.kind].run(op, quality, *numbers, *tensors.values())).int()
+        return torch.from_numpy(DEFINED[op.kind].run(op, quality, *numbers, *tensors.values())).int()
 
     equal(ops, tensors, {"x": x}, fallback=fallback)
 

@@ -166,3 +166,15 @@ def test_a_device_is_written_to_and_not_replaced():
 def test_a_missing_folder_is_an_error_about_the_output(tmp_path):
     with pytest.raises(LinicError, match="cannot be written: no such file"):
         write_whole(tmp_path / "none" / "a", b"new")
+
+
+def test_a_note_is_the_comment_of_a_file_that_can_have_one_and_named_where_none_can(tmp_path):
+    image = picture()
+    image.info["linic"] = "a note"
+    assert save(image, tmp_path / "a.png") == [] and read(tmp_path / "a.png").info["Comment"] == "a note"
+    assert save(image, tmp_path / "a.jpg") == [] and read(tmp_path / "a.jpg").info["comment"] == b"a note"
+    assert save(image, tmp_path / "a.ppm") == ["the note"]
+    image.info["xmp"] = b"<x/>"
+    save(image, tmp_path / "b.png")
+    again = read(tmp_path / "b.png")
+    assert again.info["Comment"] == "a note" and metadata(again) == {"xmp": b"<x/>"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from linic.errors import WeightsError
 from linic.rangecoder import LIMIT, Tables
-from linic.rangecoder.tables import TOTAL, gaussian_tables, quantise, scale_table
+from linic.rangecoder.tables import TOTAL, gaussian_tables, laplace_tables, quantise, scale_table
 
 GOOD = np.array([TOTAL - 1, 1, 1, TOTAL - 2, 1], np.uint32)
 
@@ -106,3 +106,24 @@ def test_gaussian_tables_are_the_ones_of_every_weight_file():
 
 
 TABLES_DIGEST = "50f1beada0447b3f63de52e6da0dcd15abb5f57185be8b467b02321f094abe34"
+
+
+def test_laplace_tables_have_the_exact_masses_of_their_scales():
+    scales = scale_table(128, "0.06", "24")
+    assert scales[0] == 0.06 and scales[-1] == 24
+    assert np.allclose(np.diff(np.log(scales)), np.log(400) / 127, rtol=1e-12)
+    tables = laplace_tables(scales)
+    assert len(tables) == 128 and len(tables.freqs) == 17544 and tables.lengths[0] == 4
+    for i, scale in enumerate(scales):
+        row, r = tables.frequencies(i).astype(int), -int(tables.lows[i])
+        assert len(row) == 2 * r + 2 and row[-1] in (1, 2)
+        assert np.exp(-(r + 0.5) / scale) < 2.0**-24 and (r == 1 or np.exp(-(r - 0.5) / scale) >= 2.0**-24)
+        sides = np.arange(1, r + 1)
+        side = np.exp(-(sides - 0.5) / scale) * -np.expm1(-1 / scale) / 2
+        mass = np.concatenate([side[::-1], [-np.expm1(-0.5 / scale)], side]) * (TOTAL - len(row))
+        assert np.abs(row[:-1] - 1 - mass).max() < 1.001
+    kept = tables.freqs.astype("<u4"), tables.lengths.astype("<i4"), tables.lows.astype("<i4")
+    assert hashlib.sha256(b"".join(a.tobytes() for a in kept)).hexdigest() == LAPLACE_DIGEST
+
+
+LAPLACE_DIGEST = "b558fca7030bdf5e0457b2c01eb937c899630843b9bf5a360fc02d685b9f8926"

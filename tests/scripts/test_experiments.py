@@ -29,7 +29,7 @@ def test_every_run_of_a_plan_is_a_recipe_of_a_preset_and_has_a_name_of_its_own(p
     names = [r["name"] for r in plan["runs"]]
     assert len(set(names)) == len(names)
     for run in plan["runs"]:
-        chosen = recipe.load(ROOT / plan["recipe"], {**plan.get("set", {}), **run.get("set", {})})
+        chosen = recipe.load(ROOT / run.get("recipe", plan["recipe"]), {**plan.get("set", {}), **run.get("set", {})})
         assert chosen.model.preset in PRESETS
         low, high = chosen.quality.range
         assert all(low <= q <= high for q in run.get("judge", plan.get("judge", [])))
@@ -39,6 +39,20 @@ def write(folder, name, rows):
     (folder / name).mkdir()
     rows = [dict(zip(("quality", "bpp", "psnr", "loss"), row)) for row in rows]
     (folder / name / "result.json").write_text(json.dumps({"crops": 1000, "raw": rows, "ema": rows}))
+
+
+def test_runs_of_mrt_are_compared_at_one_rate(experiments, tmp_path, capsys):
+    (tmp_path / "plan.toml").write_text('judge = [25.0, 75.0]\n[[runs]]\nname = "a"\n[[runs]]\nname = "b"\n'
+                                        'recipe = "recipes/b.toml"\nset = { seed = 1 }\n')
+    for name, alex in (("a", 0.5), ("b", 0.4)):
+        (tmp_path / name).mkdir()
+        rows = [{"quality": q, "bpp": bpp, "psnr": psnr, "loss": 1.0, "lpips-alex": alex, "lpips-squeeze": 0.3}
+                for q, bpp, psnr in ((25.0, 0.0059, 20.0), (75.0, 0.0236, 22.0))]
+        (tmp_path / name / "result.json").write_text(json.dumps({"crops": 1000, "raw": rows, "ema": rows}))
+    experiments.table(argparse.Namespace(plan=tmp_path / "plan.toml", out=tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["| a | 1,000 | 0.5000 | 0.3000 | 21.00 | 0.0236 | 1.0000 |  |",
+                         "| b | 1,000 | 0.4000 | 0.3000 | 21.00 | 0.0236 | 1.0000 | recipes/b.toml, seed = 1 |"]
 
 
 def test_runs_that_are_judged_at_some_qualities_are_compared_at_each(experiments, tmp_path, capsys):

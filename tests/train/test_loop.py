@@ -56,7 +56,7 @@ def test_a_run_leaves_weights_state_and_a_status(small, pictures, valid, tmp_pat
     for name in ("raw", "ema", "best"):
         tensors, about = checkpoint.load(out / f"{name}.safetensors")
         assert tensors.keys() == Tiny().state_dict().keys() and about["preset"] == "lalic-xs"
-    assert tensors["started"] == loop.KLT_CROPS         # the start was called, and buffers reach every file
+    assert tensors["started"] == Tiny.start_crops[0]         # the start was called, and buffers reach every file
     judged = result["evaluations"]
     assert {e["weights"] for e in judged} == {"raw", "ema"} and len(judged[0]["points"]) == 2
     assert result["best"]["score"] == min(e["score"] for e in judged)
@@ -307,6 +307,25 @@ def test_a_rung_that_fails_or_lies_is_left_out_of_the_run(small, pictures, tmp_p
     assert "compiled-all left out at (2, 3, 64, 64): TimeoutError: abandoned after 1 s" in said
     with pytest.raises(UsageError, match=r"no rung 'fast'\. Rungs: eager, safe, graph"):
         run(small, pictures, tmp_path / "d", speed="fast")
+
+
+def test_graphs_are_left_out_for_mrt_and_compilers_for_a_critic(monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop.ladder, "climb", lambda recipe, device, rungs, **_: asked.append(rungs))
+    mrt, critic = (recipes.load(ROOT / "recipes" / f"mrt-s{name}.toml") for name in ("", "-critic"))
+    alone = loop.Ranks()
+    loop._choice(mrt, "cuda:0", "ladder", alone)
+    assert asked == [["eager", "compiled"]]
+    with pytest.raises(UsageError, match="MRT draws its windows anew"):
+        loop._choice(mrt, "cuda:0", "graph", alone)
+    assert loop._choice(critic, "cuda:0", "ladder", alone).rungs == ["eager"] and len(asked) == 1
+
+
+def test_numbers_of_steps_with_and_without_a_stage_are_read_from_one_queue(small, pictures):
+    crops = loop.data.Crops(loop.data.Library(pictures, pictures.parent / "cache"), small.data, 0)
+    trainer = loop.Trainer(small, Tiny(), crops, "cpu")
+    trainer.queue = [(torch.arange(float(n)), 2) for n in (5, 9, 5)]
+    assert [len(row) for row in trainer.drain()] == [5, 9, 5]
 
 
 def test_a_run_is_not_overwritten_by_another(small, pictures, tmp_path):

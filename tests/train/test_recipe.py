@@ -60,6 +60,25 @@ def test_a_wrong_recipe_names_file_and_key(old, new, message):
         recipes.parse(changed(old, new), "a.toml")
 
 
+def test_stages_and_critics_of_mrt_need_their_tables_and_go_without_each_other():
+    text = (ROOT / "recipes" / "mrt-xs-codes.toml").read_text()
+    critic = (ROOT / "recipes" / "mrt-xs-critic.toml").read_text()
+    assert recipes.parse(text).codes.later == 0 and recipes.parse(text).phases[0].stage == "codes"
+    assert recipes.parse(critic).critic.width > 0 and recipes.parse(critic).intervals.gate_seconds == 300
+    table = critic[critic.index("[critic]"):critic.index("[schedule]")]
+    for wrong, message in (
+            (text.replace('stage = "codes"', ""), r"\[codes\] needs a phase with stage"),
+            (text.replace('stage = "codes"', 'stage = "codes"\nperceptual = true'), "a phase for codes cannot be"),
+            (text.replace('stage = "codes"', 'stage = "code"'), r"phases\[0\].stage is 'code', expected 'picture' or"),
+            (text.replace("axes = 64", "axes = 1000"), "codes: axes are at most 512"),
+            (text.replace("[schedule]", table + "[schedule]"), r"\[critic\] trains the decoder alone"),
+            (critic.replace("start = 0.0\n", 'start = 0.0\nstage = "codes"\n'), r'stage = "codes" need \[codes\]'),
+            (critic.replace("rise = 0.1", "rise = 2.0"), "critic: weights must not be below 0, rise is a share"),
+            (critic.replace("gate_seconds = 300", "gate_seconds = 0"), "intervals must be above 0")):
+        with pytest.raises(RecipeError, match=message):
+            recipes.parse(wrong, "a.toml")
+
+
 def test_colour_changes_are_off_unless_asked_for():
     assert recipes.parse(TEXT).data.colour is None
     asked = "\n[data.colour]\nshare = 0.5\ngamma = [0.8, 1.25]\ngains = [0.85, 1.15]\n"

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mrt_files
 from linic import weights
 from linic.errors import ModelMissing, WeightsError
 from linic.models import build
@@ -199,3 +200,91 @@ def test_a_broken_file_in_a_folder_is_listed_as_broken_and_hides_no_other(tmp_pa
     assert names["broken"] and names["lalic-xs"] is None
     with pytest.raises(ModelMissing, match="LINIC_MODELS"):
         weights.find("broken")
+
+
+# MRT.
+
+
+@pytest.fixture(scope="module")
+def extreme(tmp_path_factory):
+    path, model = tmp_path_factory.mktemp("mrt") / "tiny-mrt.safetensors", mrt_files.made(mrt_files.TINY)
+    mrt_files.save(path, model, "tiny-mrt")
+    return path, model
+
+
+def test_an_mrt_model_is_loaded_as_it_was_saved_with_both_decoders(extreme):
+    (path, model), loaded = extreme, weights.load(extreme[0])
+    second = mrt_files.critic(model)
+    assert second.keys() == loaded.adversarial.keys() and loaded.card["decoders"] == ["faithful", "adversarial"]
+    for kept, wanted in ((loaded.model.state_dict(), model.state_dict()), (loaded.adversarial, second)):
+        for key, value in wanted.items():
+            if key in weights.TRAINING_ONLY:
+                continue
+            coarse = key.endswith(weights._INT8) or key.startswith("rcm.")
+            step = value.abs().max() / (127 if coarse else 1024) if value.numel() else 0
+            assert torch.allclose(kept[key], value, atol=float(step) / 2 + 1e-7), key
+    assert len(loaded.tables) == 20 and loaded.program.latents == 6
+    assert weights.load_program(path)[2] == loaded.digest == bytes.fromhex(loaded.card["digest"])
+    assert weights.known_answer(loaded.program, loaded.tables) == loaded.card["known_answer"]
+
+
+def test_what_is_of_training_alone_is_not_stored(extreme):
+    assert not [key for key in load_file(extreme[0]) if "rate_control" in key]
+    assert not weights.load(extreme[0]).model.rate_control.any()
+
+
+def test_saving_mrt_is_deterministic_and_a_second_decoder_changes_no_digest(extreme, tmp_path):
+    path, model = extreme
+    mrt_files.save(tmp_path / "again.safetensors", model, "tiny-mrt")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    card = weights.save(tmp_path / "one.safetensors", model, {})
+    assert card["digest"] == weights.read_card(path)["digest"] and "decoders" not in card
+    assert weights.load(tmp_path / "one.safetensors").adversarial is None
+
+
+def lose(t):
+    del t["adversarial.gain_dec"]
+
+
+def bend(t):
+    t["adversarial.gain_dec"] = torch.zeros(3, 7)
+
+
+def blow(t):
+    t["adversarial.gain_dec"][0] = float("inf")
+
+
+def nudge(t):
+    t["int.rcm.mean.weight"][0, 0] += 1
+
+
+@pytest.mark.parametrize("tensors, card, message", [
+    (lose, None, "gain_dec should have shape .*nothing"),
+    (bend, None, "the file has \\(3, 7\\)"),
+    (blow, None, "not finite"),
+    (nudge, None, "digest"),
+    (move, None, "digest"),
+    (lambda t: t.pop("int.table.exp"), None, "'table.exp' is not in the file"),
+    (None, lambda c: c.update(program=None), "no program"),
+    (None, lambda c: c["config"].update(tokens="slots", init="torch", order="windows"), "not cells"),
+    (None, lambda c: c["config"].update(latents=7), "should have shape|codes 6 latents"),
+    (None, lambda c: c["config"].update(decoder_pairs=4096), "claims .* blocks"),
+    (None, lambda c: c["config"].update(pixel_depths=[4096, 4096, 4096]), "claims .* blocks"),
+    (None, lambda c: c["config"].update(rcm_depth=4096), "claims .* blocks"),
+    (None, lambda c: c["config"].update(width=4096), "should have shape"),
+    (None, lambda c: c["config"].update(width=1 << 30), "from 1 to 4096"),
+    (None, lambda c: c["config"].update(scales=21), "scales|tables"),
+    (None, lambda c: c["config"].update(family="lalic"), "unknown field|program"),
+    (None, lambda c: c["program"].pop(), "codes no 'y'"),
+    (None, lambda c: c["program"][0].__setitem__(4, [0, 0, 5]), "a row is"),
+])
+def test_an_mrt_file_that_is_not_right_is_refused_with_its_reason(extreme, tmp_path, tensors, card, message):
+    bad = rewrite(extreme[0], tmp_path / "bad.safetensors", tensors, card)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(bad)
+
+
+@pytest.mark.parametrize("preset", ["ablation-mrt-slots", "ablation-mrt-rcm-1d"])
+def test_an_ablation_without_a_program_is_not_saved(preset, tmp_path):
+    with pytest.raises(WeightsError, match=preset):
+        weights.save(tmp_path / "x.safetensors", build(preset).eval(), {})

@@ -80,9 +80,11 @@ def run(pictures: Sequence[Path], model: str = "lalic-xs", float_weights: str | 
     loaded = weights.load(model)
     if loaded.program is None:
         raise UsageError(f"{model} has no integer program to measure")
+    if not isinstance(loaded.program, Program):
+        raise UsageError(f"{model}: bench entropy is for LALIC; for MRT, bench codec has the walk's time")
     ready = codec.Codec(str(weights.find(model)), "cpu")
     program, tables = Torch(loaded.program), loaded.tables
-    floats = loaded.model.eval()
+    floats: Any = loaded.model.eval()
     if float_weights:
         floats.load_state_dict(load_file(float_weights))
     double = copy.deepcopy(floats)
@@ -97,6 +99,7 @@ def run(pictures: Sequence[Path], model: str = "lalic-xs", float_weights: str | 
                 pixels = picture.pad(picture.to_array(image.convert("RGB")), ready.model.config.multiple)
             for quality in QUALITIES:
                 z, y_q8 = ready.latents(pixels, quality)
+                assert z is not None
                 size = z.shape[0], z.shape[1]
                 level = double.level(torch.tensor([float(quality)], dtype=torch.float64), torch.zeros(1).double())
                 counts = Counter(tables), Counter(tables)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from linic.bench import metrics
+from linic.bench.judge import KEYS, Judge
 from linic.errors import UsageError
 from linic.picture import read, to_array
 
@@ -40,8 +41,9 @@ def pictures_in(folder: AnyPath) -> list[Path]:
 
 def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *, model: str = "lalic-xs",
              device: str = "auto", keep: AnyPath | None = None, command: str = "",
-             progress: Callable[[Row], None] | None = None) -> dict[str, Any]:
-    """pictures: a folder, or the files themselves. keep: a folder that receives every .linic file."""
+             progress: Callable[[Row], None] | None = None, judge: Judge | None = None) -> dict[str, Any]:
+    """pictures: a folder, or the files themselves. keep: a folder that receives every .linic file. judge: brings the
+    measures of judge.py."""
     names = pictures_in(pictures) if isinstance(pictures, (str, os.PathLike)) else [Path(p) for p in pictures]
     if not names or not qualities:
         raise UsageError("at least one picture and one quality are needed")
@@ -52,14 +54,15 @@ def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *,
         _warm_up(names[0], qualities[0], model, device)
         for path in names:
             for quality in qualities:
-                row = measure(path, quality, folder / f"{path.name}-q{quality:03d}.linic", model, device)
+                row = measure(path, quality, folder / f"{path.name}-q{quality:03d}.linic", model, device, judge)
                 rows.append(row)
                 if progress:
                     progress(row)
-    results = {"quality": list(qualities), **{key: means(rows, key, qualities) for key in MEASURES}}
+    measured = [*MEASURES, *(key for key in KEYS if judge and key not in MEASURES)]
+    results = {"quality": list(qualities), **{key: means(rows, key, qualities) for key in measured}}
     for row in rows:
         # JSON has no infinity: the PSNR of a picture that came back unchanged is null.
-        row["psnr-rgb"] = row["psnr-rgb"] if math.isfinite(row["psnr-rgb"]) else None
+        row["psnr-rgb"] = row["psnr-rgb"] if math.isfinite(row["psnr-rgb"] or 0) else None
     return {
         "name": model,
         "description": f"linic, whole files, {len(names)} pictures",
@@ -75,7 +78,7 @@ def _warm_up(path: Path, quality: int, model: str, device: str) -> None:
     linic.decode(linic.encode(read(path), quality=quality, model=model, device=device), model=model, device=device)
 
 
-def measure(path: Path, quality: int, file: Path, model: str, device: str) -> Row:
+def measure(path: Path, quality: int, file: Path, model: str, device: str, judge: Judge | None = None) -> Row:
     import linic
     image = read(path)
     started = time.perf_counter()
@@ -96,8 +99,8 @@ def measure(path: Path, quality: int, file: Path, model: str, device: str) -> Ro
         "bpp": 8 * size / pixels,
         # What the range coder wrote: without header, checksums and metadata.
         "bpp_payload": 8 * linic.info(data)["payload"] / pixels,
-        "psnr-rgb": metrics.psnr(before, after),
-        "ms-ssim-rgb": metrics.ms_ssim(before, after),
+        **(judge(before, after) if judge else {"psnr-rgb": metrics.psnr(before, after),
+                                               "ms-ssim-rgb": metrics.ms_ssim(before, after)}),
         "encoding_time": encoded - started,
         "decoding_time": finished - decoding,
     }

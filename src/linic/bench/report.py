@@ -12,12 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from linic.bench.anchors import Curve
 from linic.bench.bdrate import bd_rate
+from linic.bench.judge import COLUMNS as MEASURES
+from linic.bench.judge import NOTE
 from linic.errors import BackendMissing, UsageError
 from linic.picture import write_whole
 
 COLUMNS = [  # key in "results", heading, format
     ("quality", "quality", "d"), ("bpp", "bpp", ".4f"), ("psnr-rgb", "PSNR dB", ".2f"),
-    ("ms-ssim-rgb", "MS-SSIM", ".4f"), ("encoding_time", "encode s", ".2f"), ("decoding_time", "decode s", ".2f"),
+    ("ms-ssim-rgb", "MS-SSIM", ".4f"),
+    *((c.key, c.heading, c.form) for c in MEASURES if c.key not in ("psnr-rgb", "ms-ssim-rgb")),
+    ("encoding_time", "encode s", ".2f"), ("decoding_time", "decode s", ".2f"),
 ]
 
 
@@ -33,6 +37,8 @@ def markdown(result: dict[str, Any], anchors: dict[str, Curve] | None = None, pi
     """`pictures`: over how many the anchors are means; the report says so where the result is over others."""
     lines = [f"# {result['name']}", "", result.get("description", ""), ""]
     lines += table(result)
+    if "lpips-alex" in result["results"]:
+        lines += ["", NOTE]
     if anchors:
         lines += ["", "BD-rate: size at equal PSNR, PCHIP of log rate over the common range, all points.", ""]
         ours = len({row["name"] for row in result.get("per_image", [])})

@@ -14,11 +14,13 @@ from linic.container.image import (
     FLOAT64,
     FROZEN,
     FULL,
+    GENERATIVE,
     INTEGERS,
     MAX_PIXELS,
     METADATA,
     MODEL_CODES,
     MODES,
+    NOTE,
     TILE,
     VERSION,
     Image,
@@ -28,9 +30,9 @@ from linic.container.image import (
 )
 from linic.errors import NotLinic, Truncated
 
-__all__ = ["ARITHMETICS", "CELL", "COMPACT", "FLOAT64", "FROZEN", "FULL", "INTEGERS", "MAX_PIXELS", "METADATA",
-           "MODEL_CODES", "MODES", "TILE", "VERSION", "Image", "Tile", "build", "model_code", "parse", "sniff",
-           "tiling"]
+__all__ = ["ARITHMETICS", "CELL", "COMPACT", "FLOAT64", "FROZEN", "FULL", "GENERATIVE", "INTEGERS", "MAX_PIXELS",
+           "METADATA", "MODEL_CODES", "MODES", "NOTE", "TILE", "VERSION", "Image", "Tile", "build", "model_code",
+           "parse", "sniff", "tiling"]
 
 
 def build(image: Image) -> bytes:

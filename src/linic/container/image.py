@@ -14,6 +14,8 @@ FLOAT64, INTEGERS = 0, 1
 ARITHMETICS = {FLOAT64: "float64", INTEGERS: "integers"}
 MODEL_CODES = {1: "lalic-xs", 2: "lalic-s", 3: "lalic", 17: "mrt-xs", 18: "mrt-s", 19: "mrt"}
 FROZEN = {1: "4e71ec3cdb35cb75"}         # the digest that a code stands for, for ever; without one it is not yet given
+GENERATIVE = (17, 18, 19)               # codes whose models draw what the file does not say
+NOTE = "generative reconstruction: must not be used as evidence"     # TEXT of their files, and of all that they become
 METADATA = {"ICCP": 1 << 22, "EXIF": 1 << 24, "XMP_": 1 << 24, "TEXT": 1 << 16}     # limits in bytes, in file order
 
 DIGEST_BYTES = 8
@@ -77,10 +79,16 @@ class Image:
     def model_name(self) -> str | None:
         return MODEL_CODES.get(self.model)
 
-    def cells(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of each tile, in cells of 64 pixels."""
-        rows, columns = ([slice(*cut) for cut in pairwise(i * -(-side // CELL) // n for i in range(n + 1))]
-                         for side, n in ((self.height, self.tiles_y), (self.width, self.tiles_x)))
+    @property
+    def note(self) -> str:
+        """What whoever looks at the picture must know; often nothing."""
+        return self.metadata.get("TEXT", b"").decode() or (NOTE if self.model in GENERATIVE else "")
+
+    def cells(self, cell: int = CELL) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of each tile, in cells of 64 pixels or of 32; of those none lies wholly outside."""
+        rows, columns = ([slice(*cut) for cut in pairwise(
+            min(i * -(-side // CELL) // n * (CELL // cell), -(-side // cell)) for i in range(n + 1))]
+            for side, n in ((self.height, self.tiles_y), (self.width, self.tiles_x)))
         return product(rows, columns)
 
     def checksum(self, tile: int, latents: bytes) -> int:

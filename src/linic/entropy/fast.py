@@ -178,20 +178,37 @@ class Torch:
         return self._requantise(total.double(), op.tensors[1])
 
     def _causal(self, op: Op, quality: int, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
-        decay, bonus, exp = (self._int32(name) for name in op.tensors)
-        (b, rows, c), shape, flat = k.shape, before.shape, before.view(-1)
-        there = (before < rows - 1)[:, :, None]
-        keys = torch.where(there, k.index_select(1, flat).view(b, *shape, c), LOWEST_KEY)       # B, n, 1 + t, C
-        x = (keys - keys.amax(2, keepdim=True)).clamp_min_(-SPAN)
+        bonus, weights = self._int32(op.tensors[1]), self._weights(op.tensors[2])
+        shape, flat = (len(k), *before.shape, k.shape[2]), before.view(-1)                     # B, n, 1 + t, C
+        there = (before < k.shape[1] - 1).int()[:, :, None]
+        # Where there is no token: a key below all others, and weight 0, which `weights` begins with.
+        x = k.index_select(1, flat).view(shape).add_((1 - there) * (4 * LOWEST_KEY))
+        x = x.sub_(x.amax(2, keepdim=True)).clamp_min_(-SPAN)
         own = x[:, :, 0] + bonus
-        x.sub_(torch.arange(-1, shape[1] - 1, dtype=torch.int32, device=self.device)[:, None] * decay)
-        x.clamp_min_(EXP_FIRST)
+        x.sub_(self._fall(op.tensors[0], shape[2])).clamp_min_(EXP_FIRST)
         x[:, :, 0] = own
-        a = exp.index_select(0, x.sub_(EXP_FIRST).view(-1)).view(x.shape)
-        a = torch.where(there, a, 0).double()
-        num, den = (a * v.index_select(1, flat).view(x.shape)).sum(2), a.sum(2)
-        # A quotient below 2^13 that is no integer is 1 / den >= 2^-38 away from one: far more than float64 rounds.
-        return torch.floor_((num + torch.floor(den / 2)) / den).int()[:, None]
+        a = weights.index_select(0, x.add_(1 - EXP_FIRST).mul_(there).view(-1)).view(shape)
+        num, den = (a * v.index_select(1, flat).view(shape)).sum(2), a.sum(2)
+        # A quotient below 2^13 that is no integer is 1 / den >= 2^-34 away from one: far more than float64 rounds.
+        return num.add_(torch.floor(den * 0.5)).div_(den).floor_().int()[:, None]
+
+    def _weights(self, name: str) -> Tensor:
+        """0, then EXP, float64."""
+        key = "weights", name
+        if key not in self._ready:
+            self._ready[key] = (F.pad(self.tensors[name].double(), (1, 0)),)    # type: ignore[index]
+        return self._ready[key][0]      # type: ignore[index]
+
+    def _fall(self, name: str, count: int) -> Tensor:
+        """Decay over 0 (twice, the first for the token itself), 1, 2 ... tokens."""
+        key = "fall", name, count
+        if key not in self._cache:
+            if len(self._cache) > 1024:
+                self._cache.clear()
+            distance = torch.arange(-1, count - 1, device=self.device, dtype=torch.int32).clamp_min_(0)
+            self._cache[key] = distance[:, None] * self._int32(name)
+        found: Tensor = self._cache[key]
+        return found
 
     def _distances(self, name: str, t: int, fall: str) -> tuple[Tensor, Tensor, Tensor]:
         """e (C, T), FALL[-e_{t-1}] for t >= 1, FALL[e_{t+1}] for t < T - 1."""

@@ -71,9 +71,9 @@ class Numpy:
 class Lines:
     """What all programs share: lines, parsed and checked one by one, and the tensors that they name.
 
-    `lines`: as in the weight file, [kind, out, [args], [tensors], [numbers]] each. `specs`: of every register. A kind of
-    program has `operators` and, beside them, lines that take what `others` says; it checks each line in `_check`, the
-    whole in `_end`."""
+    `lines`: as in the weight file, [kind, out, [args], [tensors], [numbers]] each. `specs`: of every register. A kind
+    of program has `operators` and, beside them, lines that take what `others` says; it checks each line in `_check`,
+    the whole in `_end`."""
 
     operators: ClassVar[Mapping[str, type[Operator]]]
     others: ClassVar[Mapping[str, tuple[int, int, int]]]

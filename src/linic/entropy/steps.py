@@ -1,17 +1,18 @@
-"""Step programs: a normative network that runs once a step of a coding order, over the tokens of that step (MRT's RCM).
+"""Step programs: a normative network that runs once a step of a coding order, over that step's tokens (MRT's RCM).
 
-As program.py, but every register holds the n tokens of one step, (B, 1, n, C), and some lines look back, at what earlier
-steps have left in registers (`history`):
+As program.py, but every register holds the n tokens of one step, (B, 1, n, C), and some lines look back at what earlier
+steps have left in a register:
 
-    order; numbers: kind (0 staggered, 1 windows), window, latents      the first line; its register is not to be read
-    past(x)             x of the neighbours (OFFSETS) side by side, zeros where not yet known or outside the frame
-    known(y); value     one channel a neighbour: value where it is known, else 0
-    near(x, past)       each channel weighed over a token and its neighbours, requantised
-    causal(k, v)        weighted mean of v over a sequence so far, the token itself included
-    code(mean, index) -> y; number: skip        y_hat = (symbol << 8) + mean, as in program.py; symbol 0 where index < skip
+    order; kind (0 staggered, 1 windows), window, latents       the first line; its register is not to be read
+    past(x)                     x of the neighbours (OFFSETS) side by side, zeros where not yet known or outside
+    known(y); value             one channel a neighbour: value where it is known, else 0
+    near(x, past)               each channel weighed over a token and its neighbours, requantised
+    causal(k, v); sequence      weighted mean of v over a sequence so far, the token itself included
+    code(mean, index) -> y; skip        as in program.py: y_hat = (symbol << 8) + mean, symbol 0 where index < skip
 
 `past` and `known` may read y, the result, before the line that writes it: they see earlier steps only. Of the operators
-of program.py those run here that make a token of the same token. Raises WeightsError, LimitExceeded.
+of program.py those run here that make a token of the same token. The order of a frame is part of the format: `order`.
+Raises WeightsError, LimitExceeded. On torch: fast.py.
 """
 
 import hashlib
@@ -54,9 +55,9 @@ OFFSETS = {     # row, column of the neighbours that may be known; staggered row
     "windows": ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1), (0, -2), (-2, 0), (0, 2), (2, 0)),
 }
 SEQUENCES = {"staggered": 2, "windows": 1}      # rows, columns; windows
-MOST_TOKENS = 1 << 12                   # of a frame: 64x64 cells, 2048x2048 pixels
-MOST_LATENTS, MOST_WINDOW = 4096, 64
-MOST_KEPT = 1 << 16                     # channels of all registers that later steps look at
+MOST_SIDE, MOST_WINDOW = 64, 16         # tokens; sequences have at most 256
+MOST_LATENTS = 4096
+MOST_KEPT = 1 << 15                     # channels of all registers that later steps look at
 LOWEST_KEY = -(1 << 20)
 
 
@@ -76,8 +77,8 @@ class Places(NamedTuple):
 def order(kind: str, window: int, h: int, w: int) -> tuple[Places, ...]:
     """The steps of a frame.
 
-    staggered: each row two columns behind the one above; sequences: its row, its column. windows: the fewest windows of
-    at most `window` cells a side, sizes differing by at most 1, all in lockstep, each in row order; sequence: its window.
+    staggered: each row two columns behind the one above; sequences: its row, its column. windows: the fewest windows
+    of at most `window` cells a side, sizes differing by at most 1, in lockstep, each in row order; sequence: its own.
     """
     row, column = (a.reshape(-1) for a in np.indices((h, w)))
     none = h * w
@@ -85,17 +86,16 @@ def order(kind: str, window: int, h: int, w: int) -> tuple[Places, ...]:
     if kind == "staggered":
         when, sequences = 2 * row + column, [list(position), list(position.T)]
     else:
-        rows, columns = _cuts(h, window), _cuts(w, window)
-        most, when, parts = max(b - a for a, b in columns), np.empty((h, w), np.int64), []
-        for top, bottom in rows:
+        columns, grid, parts = _cuts(w, window), np.empty((h, w), np.int64), []
+        for top, bottom in _cuts(h, window):
             for left, right in columns:
                 i, j = np.indices((bottom - top, right - left))
-                when[top:bottom, left:right] = i * most + j
+                grid[top:bottom, left:right] = i * max(b - a for a, b in columns) + j
                 parts.append(position[top:bottom, left:right].reshape(-1))
-        when, sequences = when.reshape(-1), [parts]
+        when, sequences = grid.reshape(-1), [parts]
     neighbours = np.full((none, len(OFFSETS[kind])), none)
-    for n, (i, j) in enumerate(OFFSETS[kind]):
-        r, c = row + i, column + j
+    for n, (down, right) in enumerate(OFFSETS[kind]):
+        r, c = row + down, column + right
         inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
         there = np.where(inside, r * w + c, 0)
         neighbours[:, n] = np.where(inside & (when[there] < when), there, none)
@@ -110,8 +110,8 @@ def order(kind: str, window: int, h: int, w: int) -> tuple[Places, ...]:
     for step in np.unique(when):
         tokens = np.flatnonzero(when == step)
         # No longer than the longest of this step.
-        cut = (table[tokens][:, :(table[tokens] < none).sum(1).max()] for table in before)
-        steps.append(Places(tokens, neighbours[tokens], tuple(cut)))
+        cut = (table[tokens, :(table[tokens] < none).sum(1).max()] for table in before)
+        steps.append(Places(tokens, neighbours[tokens], tuple(map(np.ascontiguousarray, cut))))
     return tuple(steps)
 
 
@@ -182,7 +182,7 @@ class Causal(Operator):
         x_i = max(k_i - max_j k_j, -14 * 1024);    a_i = EXP[max(x_i - (t - 1 - i) decay, first)] for i < t
         a_t = EXP[x_t + bonus];    y = (sum a_i v_i + (den >> 1)) // den, den = sum a_i
 
-    From the whole past rather than from a rounded state: exact, and nothing feeds back. |sums| <= 2^51.
+    From the whole past rather than from a rounded state: exact, and nothing feeds back. Sums stay below 2^48.
     """
 
     counts = 2, 3, 1
@@ -292,8 +292,8 @@ def plan(program: StepProgram, backend: Backend, quality: int, size: tuple[int, 
     less than 128 leaves a dead zone. The encoder's choice alone.
     y_q8 of several frames may come with a batch in front: one stream, frame by frame within each step."""
     h, w = size
-    if not 0 < h * w <= MOST_TOKENS or min(h, w) < 1:
-        raise LimitExceeded(0, f"a tile of {w}x{h} cells; 64x64 cells, 2048x2048 pixels, can be coded as one")
+    if not (1 <= h <= MOST_SIDE and 1 <= w <= MOST_SIDE):
+        raise LimitExceeded(0, f"a tile of {w * 32}x{h * 32} pixels; 2048x2048 can be coded as one")
     wanted = None if y_q8 is None else y_q8.reshape(-1, h * w, program.latents)
     batch, added = 1 if wanted is None else len(wanted), np.asarray(rounding, np.int64)
     past = {name: backend.history(batch, h * w + 1, channels) for name, channels in program.kept.items()}

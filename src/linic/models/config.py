@@ -91,24 +91,28 @@ class MrtConfig:
     stem: tuple[int, ...]  # widths at 1/4 and 1/8 in the encoder
     pixels: tuple[int, ...]  # widths at 1/8, 1/4 and 1/2 in the decoder
     pixel_depths: tuple[int, ...]  # residual blocks there
-    decoder_pairs: int
+    decoder_pairs: int = dataclasses.field(metadata={"least": 0})
     rcm_width: int
     rcm_depth: int
     encoder_pairs: int = dataclasses.field(default=0, metadata={"least": 0})
     latents: int = 16  # channels of a token
     window: int = 8  # cells of 32 px: a Transformer's window, at most
     hidden: int = 2  # hidden width / width, in Channel Mix and Transformer
+    mlp: int = dataclasses.field(default=0, metadata={"least": 0})  # the same in the Transformer alone; 0: `hidden`
     rwkv: bool = True  # the halves of a pair, for ablations
     transformer: bool = True
-    order: Literal["staggered", "windows"] = "staggered"  # in which tokens are coded
+    tokens: Literal["cells", "frequencies", "slots"] = "cells"  # 32 px cells; of windows: cosine groups, or queries
+    slots: int = 64  # latent tokens of a full window, where they are no cells
+    order: Literal["staggered", "windows", "sequence"] = "staggered"  # of coding, and what is seen: tokens.py
+    rcm: Literal["rwkv", "attention"] = "rwkv"  # what reads the tokens already coded
     scales: int = 128  # entries of the scale table
-    init: Literal["klt", "torch"] = "klt"  # principal axes, or torch's own
+    init: Literal["klt", "dct", "torch"] = "klt"  # principal axes; the same and cosine transforms; torch's own
     style: Style = dataclasses.field(default_factory=lambda: Style(scan="alternating"))
 
     @property
     def multiple(self) -> int:
-        """Height and width of a picture must be multiples of this."""
-        return 32
+        """Height and width of a picture must be multiples of this: the side of a cell, or of a patch."""
+        return 32 if self.tokens == "cells" else 16
 
 
 AnyConfig = Config | MrtConfig
@@ -172,7 +176,14 @@ def _mrt(config: MrtConfig, where: str) -> MrtConfig:
             (c.window % 2 == 0 and c.window <= 16, f"window {c.window} should be even and at most 16"),
             (c.stem[0] <= c.pixels[1] and c.stem[1] <= c.pixels[0] and c.pixels[2] >= 12,
              "the decoder's widths hold the encoder's at the start: pixels[0] >= stem[1], pixels[1] >= stem[0], "
-             "pixels[2] >= 12")):
+             "pixels[2] >= 12"),
+            (c.init in {"cells": ("klt", "torch"), "frequencies": ("dct", "torch"), "slots": ("torch",)}[c.tokens],
+             f"tokens {c.tokens!r} cannot start with init {c.init!r}"),
+            (c.tokens == "cells" or c.order != "staggered", f"tokens {c.tokens!r} need order 'windows' or 'sequence'"),
+            (c.tokens == "cells" or (c.transformer and c.encoder_pairs > 0),
+             f"tokens {c.tokens!r} read patches in the Transformer of an encoder pair: there is none"),
+            (c.tokens == "cells" or (c.slots % 8 == 0 and c.slots <= 256), f"slots {c.slots} should be 8, 16, ... 256"),
+            (c.rcm == "rwkv" or c.rcm_width % 32 == 0, "attention in RCM has heads of 32 channels")):
         if not right:
             raise UsageError(f"{where}: {what}")
     return config

@@ -18,7 +18,7 @@ from linic.entropy.convert import ACTIVATION, GELU_BITS, Builder, Floats, fit
 from linic.entropy.operators import MEAN_LIMIT, QUALITIES, SYMBOL_LIMIT, Z_LIMIT
 from linic.entropy.rounding import LN_SCALE_MAX, LN_SCALE_MIN
 from linic.errors import WeightsError
-from linic.models.blocks import Block, ChannelMix, Down, OmniShift, QualityRow, SpatialMix, Up
+from linic.models.blocks import Block, ChannelMix, Down, OmniShift, SpatialMix, Up
 from linic.models.config import Config
 from linic.models.lalic import (
     LAMBDA_0,

@@ -4,7 +4,6 @@ Units of the integers follow from the bounds that normative networks keep since 
 keep none, from the largest value seen on real pictures.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,11 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from linic.entropy.convert import ACTIVATION, GATE_BITS, Builder, Floats, fit
+from linic.entropy.convert import ACTIVATION, GATE_BITS, OCTAVE, Builder, Floats, fit
 from linic.models.blocks import QualityRow
 
 RESIDUAL_BITS, FEATURE_BITS, INDEX_BITS, MEAN_BITS = 9, 9, 8, 12
-OCTAVE = 1024 / math.log(2)
 # Peaks of the networks without pictures to measure them on: generous.
 UNSEEN = 16.0
 

@@ -5,13 +5,14 @@
     kept = metadata(image)               {"icc_profile": ..., "exif": ..., "xmp": ...}, bytes as they were
     padded = pad(array, 64)              by replication, right and bottom; crop() undoes it
     image = attach(from_array(array, mode), kept)
+    image.info[NOTE] = "..."             a note: PNG and JPEG files carry it as their comment
     save(image, "copy.png")              whole file or none
 
 Code values stay as they are: a colour profile and an EXIF orientation travel with them and are never applied.
 Raises PictureError for everything that linic would otherwise have to change silently.
 """
-from linic.picture.arrays import attach, check, crop, from_array, metadata, pad, to_array
+from linic.picture.arrays import NOTE, attach, check, crop, from_array, metadata, pad, to_array
 from linic.picture.files import FORMATS, read, save, write_whole
 
-__all__ = ["FORMATS", "attach", "check", "crop", "from_array", "metadata", "pad", "read", "save", "to_array",
+__all__ = ["FORMATS", "NOTE", "attach", "check", "crop", "from_array", "metadata", "pad", "read", "save", "to_array",
            "write_whole"]

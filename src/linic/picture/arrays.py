@@ -8,6 +8,7 @@ from PIL import Image
 from linic.errors import PictureError
 
 METADATA = ("icc_profile", "exif", "xmp")
+NOTE = "linic"          # key of `info`: a sentence that whoever looks at the picture must know
 
 _ALPHA = "transparency would be lost: paste it on a background, or drop it with image.convert({0!r})"
 _DEEP = "more than 8 bits a sample would be lost: scale the values to 0..255 and convert to 'L' or 'RGB' yourself"

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from linic.errors import LinicError, PictureError, UnreadablePicture
-from linic.picture.arrays import METADATA, check, metadata
+from linic.picture.arrays import METADATA, NOTE, check, metadata
 
 # Lossless where the format can be; the lossy ones as good as they usefully get.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,10 +89,17 @@ def to_bytes(image: Image.Image, suffix: str = ".png") -> tuple[bytes, list[str]
     if kind == "PNG" and not is_utf8(carried.get("xmp", b"")):
         del carried["xmp"]  # PNG's chunk for it holds UTF-8 alone
     lost = sorted(set(kept) - set(carried))
-    if kind == "PNG" and "xmp" in carried:
-        # Pillow's PNG writer has no xmp argument; this is the chunk its reader looks for.
+    if kind == "PNG":
         carried["pnginfo"] = PngImagePlugin.PngInfo()
-        carried["pnginfo"].add_itxt("XML:com.adobe.xmp", carried.pop("xmp").decode())
+        if "xmp" in carried:    # Pillow's PNG writer has no argument for it; this is the chunk its reader looks for
+            carried["pnginfo"].add_itxt("XML:com.adobe.xmp", carried.pop("xmp").decode())
+    if note := image.info.get(NOTE):
+        if kind == "PNG":
+            carried["pnginfo"].add_text("Comment", note)
+        elif kind == "JPEG":
+            carried["comment"] = note
+        else:
+            lost.append("the note")
     bare = image.copy()
     bare.info = {}  # else Pillow carries over what only happens to be there, a GIF comment for one
     out = io.BytesIO()

@@ -7,7 +7,6 @@ reads tables from the weight file and never computes one. Raises WeightsError (t
 from collections.abc import Callable, Sequence
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -122,7 +121,7 @@ def scale_table(count: int = SCALES, low: str = SCALE_MIN, high: str = SCALE_MAX
 
 def gaussian_tables(scales: Sequence[float]) -> Tables:
     """One table a scale: N(0, scale^2) over unit bins -r..r; r >= 1 is the smallest with less than 2^-24 outside."""
-    from mpmath import erfc, mpf, sqrt      # slow to import; export only
+    from mpmath import erfc, mpf, sqrt  # slow to import; export only
 
     return _symmetric(scales, lambda x, scale: erfc(x / (sqrt(mpf(2)) * scale)))
 
@@ -139,16 +138,16 @@ def _symmetric(scales: Sequence[float], beyond: Callable[[Any, Any], Any]) -> Ta
     from mpmath import mp
 
     with mp.workdps(DIGITS):
-        rows = [_row(partial(beyond, scale=mp.mpf(scale))) for scale in scales]
+        rows = [_row(beyond, mp.mpf(scale)) for scale in scales]
     return Tables(np.concatenate([np.array(row, np.uint32) for row in rows]),
                   [len(row) for row in rows], [1 - len(row) // 2 for row in rows])
 
 
-def _row(beyond: Callable[[Any], Any]) -> list[int]:
+def _row(beyond: Callable[[Any, Any], Any], scale: Any) -> list[int]:
     from mpmath import mpf
 
     outside = [mpf(1)]                              # outside[k] = P(|X| > k - 1/2), from k = 0: everything
     while len(outside) < 3 or outside[-1] >= mpf(2) ** -PRECISION:
-        outside.append(beyond(len(outside) - mpf(1) / 2))
+        outside.append(beyond(len(outside) - mpf(1) / 2, scale))
     sides = [(a - b) / 2 for a, b in pairwise(outside[1:])]
     return quantise([*reversed(sides), 1 - outside[1], *sides, outside[-1]])

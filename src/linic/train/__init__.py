@@ -3,6 +3,11 @@
     recipe.py      the recipe: TOML <-> frozen dataclasses, checked to the last key
     data.py        folders and tar shards -> uint8 pixels, decoded once -> random crops
     loss.py        rate and distortion of a batch, as one number for every quality
+    perceptual.py  terms of MRT's loss for what the eye minds
+    stage.py       what a step trains for instead, with networks of its own:
+    codes.py         MRT's stage 1: tokens predict codes of patches
+    critic.py        MRT's phase C: the decoder alone, against a critic
+    gates.py       MRT: does the run do what such a run does?
     evaluate.py    hard rounding on validation pictures
     checkpoint.py  weights and state on disk, whole or not at all
     machine.py     cores, signals, torch's global switches

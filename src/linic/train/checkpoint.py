@@ -20,7 +20,7 @@ from torch import Tensor, nn, optim
 
 from linic import weights
 from linic.errors import UsageError
-from linic.models import PRESETS, Config, Lalic, build, preset, widen
+from linic.models import PRESETS, AnyConfig, Config, Lalic, preset, widen
 
 FORMAT = "linic-training 1"
 
@@ -80,8 +80,8 @@ def initialise(model: nn.Module, init: str | Path,
     """`init`: a checkpoint of this loop, or what linic.weights knows by name or path. A smaller model of the same
     family is widened (models/widen.py). Returns what `take_over` does."""
     tensors, config = _read(model, init)
-    if config is not None and isinstance(model, Lalic) and widen.smaller(config, model.config):
-        small = build(config)
+    if isinstance(config, Config) and isinstance(model, Lalic) and widen.smaller(config, model.config):
+        small = Lalic(config)
         take_over(small, tensors, str(init))
         widen.widen(small, model)
         say(f"{init}: {config.name} widened to {model.config.name}")
@@ -89,7 +89,7 @@ def initialise(model: nn.Module, init: str | Path,
     return take_over(model, tensors, str(init))
 
 
-def _read(model: nn.Module, init: str | Path) -> tuple[dict[str, Tensor], Config | None]:
+def _read(model: nn.Module, init: str | Path) -> tuple[dict[str, Tensor], AnyConfig | None]:
     """Weights, and the configuration that they belong to, where that is known."""
     if Path(init).is_file():
         tensors, about = load(Path(init))

@@ -20,8 +20,9 @@ Row = dict[str, float]
 
 @torch.no_grad()
 def one(model: nn.Module, picture: Tensor, quality: float, loss: Loss, measures: Measures | None = None) -> Row:
-    """picture (H, W, 3) uint8 on the model's device; mse is that of 8-bit values over 255^2. measures: for a model whose
-    recipe has perceptual terms, of which the score holds LPIPS and VGG19n; LPIPS(alex) stands beside it and judges."""
+    """picture (H, W, 3) uint8 on the model's device; mse is that of 8-bit values over 255^2. measures: for a model
+    whose recipe has perceptual terms, of which the score holds LPIPS and VGG19n; LPIPS(alex) stands beside it and
+    judges."""
     h, w, _ = picture.shape
     multiple: Any = model.config.multiple       # type: ignore[union-attr]
     x = picture.permute(2, 0, 1)[None].float() / 255

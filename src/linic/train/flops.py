@@ -27,7 +27,7 @@ def of_pixel(model: nn.Module, size: int, loss: Loss) -> float:
     try:
         shadow = copy.deepcopy(model).to("meta").train()        # shapes only: nothing is computed
         x, quality = torch.empty(1, 3, size, size, device="meta"), torch.full((1,), 50.0, device="meta")
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.random.fork_rng([]):     # a model draws, even so
             rate_distortion(shadow(x, quality), x, quality, loss).loss.mean().backward()
         return counter.get_total_flops() / size**2
     except Exception:               # whatever: a run does not end for want of this number

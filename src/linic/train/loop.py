@@ -13,6 +13,7 @@ a row.
 """
 
 import copy
+import itertools
 import math
 import sys
 import time
@@ -26,16 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linic.bench.perceptual import Measures
+from linic.bench.perceptual import FILES, Measures
 from linic.errors import LinicError, RecipeError, UsageError
-from linic.models import Mrt
+from linic.models import Mrt, MrtConfig, preset
 from linic.train import checkpoint, data, evaluate, flops, ladder, optimisers, ranks, speed
 from linic.train import recipe as recipes
+from linic.train.codes import Codes
+from linic.train.critic import Critic
+from linic.train.gates import Gates
 from linic.train.loss import SMALLEST_SIDE
-from linic.train.perceptual import Perceptual
 from linic.train.machine import Every, Neighbours, Stop, settings, time_limit
+from linic.train.perceptual import Perceptual
 from linic.train.ranks import Ranks
-from linic.train.recipe import Quality, Recipe
+from linic.train.recipe import Phase, Quality, Recipe
 
 Clock = Callable[[], float]
 BAD_STEPS_IN_A_ROW = 50
@@ -64,11 +68,16 @@ class Trainer:
                  choice: ladder.Choice | None = None, us: Ranks | None = None):
         self.recipe, self.crops, self.device = recipe, crops, device
         self.choice, self.us = choice or ladder.Choice(), us or Ranks()
-        self.model = model.to(device).train()
+        net: Any = model.to(device).train()
+        self.model = net
+        self.critic = Critic(recipe.critic, net, recipe.optimiser.lr) if recipe.critic else None
+        self.codes: Codes | None = None
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.extreme = isinstance(model, Mrt)
         self.judge: Perceptual | None = None        # where the recipe has perceptual phases
+        self.gated: list[dict[str, Any]] = []       # what the gates said
+        self.start_row: dict[str, float] | None = None      # what they measured at the start
         self.optimiser = optimisers.build(recipe.optimiser, self.model)
         self.queued = device.startswith("cuda")     # results are read when somebody asks: `drain`
         self.queue: list[tuple[Tensor, int]] = []   # numbers and crops of steps not read yet
@@ -84,8 +93,8 @@ class Trainer:
         self.seen: list[data.Window] = []           # parts of training pictures, to judge by beside the others
 
     def step(self, progress: float) -> list[float] | None:
-        """loss, bpp, an aside (loss.Terms), PSNR, gradient norm of one step; None: something was not finite, nothing changed.
-        On a GPU always None: see `drain`."""
+        """loss, bpp, an aside (loss.Terms), PSNR, gradient norm of one step, numbers of its stage; None: something was
+        not finite, nothing changed. On a GPU always None: see `drain`."""
         r, phase = self.recipe, self.recipe.phase_at(progress)
         self.lr = r.optimiser.lr * r.schedule.factor(progress)
         if self.extreme:
@@ -96,7 +105,7 @@ class Trainer:
         if self.fast is None or x.shape != self.shape:
             self.fast, self.shape = self._fastest(x, quality), x.shape
             self.fast.average = self.us.average if self.us.count > 1 else None
-        self.fast.judge = self.judge if phase.perceptual else None
+        self.fast.judge, self.fast.stage = self.judge if phase.perceptual else None, self.stage(phase, progress)
         self.queue.append((self.fast(x, quality, self.lr), batch))
         self.step_count += 1
         self.crop_count += batch
@@ -107,6 +116,15 @@ class Trainer:
         if self.queued:
             self._wait_for_an_older_step()
         return rows[0] if rows else None
+
+    def stage(self, phase: Phase, progress: float) -> Codes | Critic | None:
+        if self.critic:
+            self.critic.progress = progress
+            return self.critic
+        if self.codes is None:
+            return None
+        self.codes.first = phase.stage == "codes"
+        return self.codes if self.codes.first or self.codes.numbers.later else None
 
     def _fastest(self, x: Tensor, quality: Tensor) -> speed.Step:
         """The first rung that does here, with these weights and this batch, what eager does."""
@@ -139,7 +157,9 @@ class Trainer:
     def drain(self) -> list[list[float]]:
         """Numbers of the steps since the last call, those that were not finite left out: one wait for the device."""
         queue, self.queue, rows = self.queue, [], []
-        for numbers, (_, crops) in zip(torch.stack([n for n, _ in queue]).tolist() if queue else [], queue):
+        values = iter(torch.cat([n for n, _ in queue]).tolist() if queue else [])
+        for row, crops in queue:        # as long as their stages make them
+            numbers = list(itertools.islice(values, len(row)))
             if math.isfinite(numbers[0]) and math.isfinite(numbers[4]):
                 rows.append(numbers)
                 self.bad_in_a_row = 0
@@ -166,16 +186,23 @@ class Trainer:
             out["cuda"] = torch.cuda.get_rng_state(self.device)
         return out
 
+    def stages(self) -> list[tuple[str, Codes | Critic]]:
+        found: list[tuple[str, Codes | Critic | None]] = [("critic", self.critic), ("codes", self.codes)]
+        return [(name, stage) for name, stage in found if stage]
+
     def save(self, out: Path) -> None:
         raw, ema, preset = self.model.state_dict(), self.ema.state_dict(), self.recipe.model.preset
         about = {"preset": preset, "step": self.step_count}
         state = {**checkpoint.prefixed("raw", raw), **checkpoint.prefixed("ema", ema),
                  **checkpoint.prefixed("optimiser", checkpoint.optimiser_tensors(self.optimiser)),
                  **checkpoint.prefixed("rng", self.rng_tensors())}
+        for name, stage in self.stages():
+            state |= stage.tensors(name)
         checkpoint.save(out / "state.safetensors", state, {
             **about, "recipe": asdict(self.recipe), "crops": self.crop_count, "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row, "elapsed_s": self.elapsed_s, "cpu_s": self.cpu_s, "best": self.best,
-            "evaluations": self.evaluations, "seen": self.seen, "rng": self.crops.state()})
+            "evaluations": self.evaluations, "gates": self.gated, "start_row": self.start_row, "seen": self.seen,
+            "rng": self.crops.state()})
         checkpoint.save(out / "raw.safetensors", raw, {**about, "weights": "raw"})
         checkpoint.save(out / "ema.safetensors", ema, {**about, "weights": "ema"})
 
@@ -191,7 +218,10 @@ class Trainer:
         checkpoint.restore_optimiser(self.optimiser, checkpoint.under("optimiser", tensors))
         self.step_count, self.crop_count, self.skipped = about["step"], about["crops"], about["skipped"]
         self.bad_in_a_row, self.elapsed_s, self.cpu_s = about["bad_in_a_row"], about["elapsed_s"], about["cpu_s"]
+        for name, stage in self.stages():
+            stage.restore(name, tensors)
         self.best, self.evaluations = about["best"], about["evaluations"]
+        self.gated, self.start_row = about.get("gates", []), about.get("start_row")
         self.seen = [tuple(w) for w in about.get("seen", [])]
         if not self.us.first:           # the saved numbers are the first one's
             torch.manual_seed(self.recipe.seed + self.us.rank + self.step_count)
@@ -214,6 +244,7 @@ class Run:
         self.us, self.steps = trainer.us, trainer.recipe.schedule.steps
         self.stop = Stop()
         self.must_stop = False                  # what all processes agree on
+        self.gates: Gates | None = None
         self.pixel_flops = flops.of_pixel(trainer.model, trainer.recipe.phases[0].crop, trainer.recipe.loss)
         self.peak = flops.peak(trainer.device) * self.us.count
         self.seen = [w for w in map(trainer.crops.library.window, trainer.seen) if w is not None]
@@ -237,6 +268,7 @@ class Run:
         cpu_start = time.process_time() - t.cpu_s
         look, log = Every(5, now), Every(i.log_seconds, now)
         save, judge = Every(i.save_seconds, now), Every(i.evaluate_seconds, now)
+        gate = Every(i.gate_seconds or math.inf, now)
         neighbours = Neighbours(torch.get_num_threads()) if self.about["threads_may_change"] else None
         decay_start, trunk = t.recipe.schedule.decay_start, self.out / "trunk.safetensors"
         kept = self.us.told(trunk.exists())
@@ -265,6 +297,10 @@ class Run:
             if judge(now):
                 self._collect()
                 self.evaluate()
+                gate.last = -math.inf
+            if gate(now):
+                self._collect()
+                self.look_at_gates()
                 self.write_status("running")
             if save(now):
                 self._collect()
@@ -323,13 +359,16 @@ class Run:
         mfu = self.pixel_flops * (t.pixels - self.pixels_at) / seconds / self.peak
         means = [sum(c) / len(self.rows) for c in zip(*self.rows)] or [math.nan] * 5
         aside, sign = ("lpips", "LPIPS-squeeze") if t.extreme else ("bpp_z", "z")
+        stage = t.stage(phase, self.progress)
+        more = dict(zip(stage.names, means[5:])) if stage else {}
         self.last = dict(zip(("loss", "bpp", aside, "psnr", "norm"), means), crops_per_s=rate,
-                         lr=t.lr, mfu=mfu)
+                         lr=t.lr, mfu=mfu, **more)
         say(f"{t.elapsed_s / 60:6.1f} min  {100 * self.progress:5.1f} %  step {t.step_count}"
             f"  crop {phase.crop}x{phase.batch * t.choice.batch}"
             f"  {rate:.1f} crops/s  MFU {'unknown' if math.isnan(mfu) else f'{100 * mfu:.0f} %'}"
             f"  loss {means[0]:.4f}  bpp {means[1]:.4f} ({sign} {means[2]:.4f})  PSNR {means[3]:.2f}"
-            f"  norm {means[4]:.2f}  lr {self.last['lr']:.2e}  skipped {t.skipped}  threads {torch.get_num_threads()}")
+            f"  norm {means[4]:.2f}{''.join(f'  {k} {v:.3f}' for k, v in more.items())}  lr {self.last['lr']:.2e}"
+            f"  skipped {t.skipped}  threads {torch.get_num_threads()}")
         self.rows, self.paused_s, self.logged_at = [], 0.0, now
         self.crops_at, self.pixels_at = t.crop_count, t.pixels
         self.write_status("running")
@@ -356,7 +395,7 @@ class Run:
             return
         t, e = self.trainer, self.trainer.recipe.evaluation
         judge = partial(evaluate.evaluate, qualities=e.qualities, loss=t.recipe.loss, stop=lambda: self.stop.asked,
-                        measures=t.judge and t.judge.measures)
+                        measures=t.judge.measures if t.judge else None)
         for name, model in (("raw", t.model), ("ema", t.ema)) if self.pictures else ():
             rows = judge(model, self.pictures)
             if rows is None:
@@ -377,6 +416,16 @@ class Run:
                 about = {"preset": t.recipe.model.preset, **about}
                 checkpoint.save(self.out / "best.safetensors", model.state_dict(), about)
 
+    def look_at_gates(self) -> None:
+        """After an evaluation, and between: does the run do what such a run does?"""
+        t = self.trainer
+        if self.gates is None or not self.us.first or self.stop.asked:
+            return
+        found = self.gates.look(t.model, t.critic, self.progress)
+        t.gated.append({"step": t.step_count, "elapsed_s": round(t.elapsed_s, 1), "gates": found})
+        for line in self.gates.lines(found):
+            say(line)
+
     def _gap(self, score: float, seen: float) -> dict[str, float]:
         """How much the loss of what was never seen has grown over that of training pictures since the first look."""
         first = next((e["score"] / e["seen_score"] for e in self.trainer.evaluations
@@ -388,7 +437,8 @@ class Run:
         gaps = [e["gap"] for e in t.evaluations if "gap" in e]
         return {"state": state, "progress": round(self.progress, 5), "elapsed_s": round(t.elapsed_s, 1),
                 "cpu_s": round(t.cpu_s, 1), "step": t.step_count, "crops": t.crop_count, "skipped": t.skipped,
-                "last": self.last, "best": t.best, "gap": gaps[-1] if gaps else None, **self.about,
+                "last": self.last, "best": t.best, "gap": gaps[-1] if gaps else None,
+                **({"gates": t.gated} if self.gates else {}), **self.about,
                 "pixel_flops": self.pixel_flops, "peak_flops": self.peak,
                 "pictures": len(t.crops.library.pictures), "updated": round(time.time()),
                 "recipe": asdict(t.recipe), "evaluations": t.evaluations}
@@ -403,21 +453,22 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
           threads: int | None = None, end_file: str | Path | None = None, cache: str | Path | None = None,
           clock: Clock = time.time, model: nn.Module | None = None,
           speed: str | Sequence[str] = "eager", measures: str | Path | None = None) -> dict[str, Any]:
-    """`measures`: folder of the networks of perceptual phases (bench/perceptual.py). `model`: instead of the recipe's preset (tests). `clock`: seconds since 1970. `speed`: a rung, "ladder" or the
-    rungs of one. `budget_s` may be left out where the recipe counts steps."""
+    """`budget_s` may be left out where the recipe counts steps. `clock`: seconds since 1970. `model`: instead of the
+    recipe's preset (tests). `speed`: a rung, "ladder" or the rungs of one. `measures`: folder of the networks of
+    perceptual phases, codes and gates (bench/perceptual.py)."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     out, state = Path(out), Path(out) / "state.safetensors"
     going_on = resume and state.exists()
-    if not going_on and any(out.glob("*.safetensors")):
+    if not going_on and {p.stem for p in out.glob("*.safetensors")} - {"start", "codes"}:     # those know nothing yet
         raise UsageError(f"{out} holds weights of a run: pass --resume to go on with it, or another --out")
     if going_on and init:
         raise UsageError("--init starts a run, --resume goes on with one: pass only one of them")
     if budget_s is None and not recipe.schedule.steps:
         raise UsageError("a budget is needed (--budget 60m): the recipe has no schedule.steps that would end the run")
     device = _device(device)
-    judge = None
-    if any(p.perceptual for p in recipe.phases):
-        judge = Perceptual(Measures(Path(measures) if measures else None, device))
+    if recipe.critic and not going_on and not init:
+        raise UsageError("a recipe with [critic] trains the decoder of weights that have been trained: pass --init")
+    networks, judge = networks_of(recipe, measures, device)
     with (ranks.joined(device) as us, us.quiet(),
           settings(device, threads or torch.get_num_threads(), recipe.seed + us.rank)):
         _check_share(recipe, us)
@@ -428,7 +479,7 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
             from linic.models import build
             model = build(recipe.model.preset)
         trainer = start(recipe, model, crops, device, str(init or ""), state if going_on else None,
-                         _choice(recipe, device, speed, us), us)
+                        _choice(recipe, device, speed, us), us, networks, out)
         trainer.judge = judge
         if not trainer.seen:
             sizes = [(int(p.shape[0]), int(p.shape[1])) for p in pictures]
@@ -441,6 +492,8 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
                  "threads_may_change": not threads and device == "cpu" and Neighbours.useful(torch.get_num_threads())}
         run = Run(trainer, out, pictures, refuse, Path(end_file) if end_file else None, about, clock)
         state_name = "failed"
+        if trainer.extreme and pictures and us.first:
+            run.gates = gates_of(trainer, out, pictures, networks, going_on)
         try:
             with run.stop.listening():
                 state_name = run.go(math.inf if budget_s is None else budget_s)
@@ -448,6 +501,7 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
                 run.write_status(state_name)
                 if state_name == "done":
                     run.evaluate()
+                    run.look_at_gates()
                     run.save()
         except LinicError:
             run.save()                  # the weights before the trouble are good
@@ -456,6 +510,40 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
             run.write_status(state_name)
         us.any(False)                   # nobody leaves while the first evaluates
     return checkpoint.json_like(run.status(state_name))
+
+
+def networks_of(recipe: Recipe, folder: str | Path | None, device: str) -> tuple[Measures | None, Perceptual | None]:
+    """Frozen networks, for what the recipe asks for and for its gates; the perceptual terms, where it has them. Raises
+    UsageError at once for what will be missing later."""
+    needed = recipe.codes is not None or any(p.perceptual for p in recipe.phases)
+    try:
+        networks = Measures(Path(folder) if folder else None, device)
+    except UsageError:
+        if needed or folder:
+            raise
+        return None, None
+    if recipe.codes:
+        for network in ("squeeze", "vgg"):
+            networks.weights(network, torch.bfloat16)
+    w = recipe.loss.perceptual
+    asked = w is not None and any(p.perceptual for p in recipe.phases)
+    return networks, Perceptual(networks, w.count, w.window) if w and asked else None
+
+
+def gates_of(t: Trainer, out: Path, pictures: list[Tensor], networks: Measures | None, going_on: bool) -> Gates:
+    """Beside them lies start.safetensors: the weights with which the run began."""
+    file = out / "start.safetensors"
+    if going_on and file.exists():
+        start = copy.deepcopy(t.model)
+        checkpoint.take_over(start, checkpoint.load(file)[0], str(file))
+    else:
+        start = t.model
+        checkpoint.save(file, start.state_dict(), {"preset": t.recipe.model.preset, "step": 0, "weights": "start"})
+    if networks and not all((networks.folder / name).is_file() for n in ("alex", "squeeze") for name in FILES[n]):
+        networks = None
+    gates = Gates(t.recipe, start, pictures, networks, t.judge, t.start_row)
+    t.start_row = gates.start_row
+    return gates
 
 
 def _device(name: str) -> str:
@@ -481,6 +569,15 @@ def _choice(recipe: Recipe, device: str, asked: str | Sequence[str], us: Ranks) 
             asked = [r for r in speed.LADDER[torch.device(device).type] if "graph" not in r]
         elif any("graph" in r for r in ([asked] if isinstance(asked, str) else asked)):
             raise UsageError("a CUDA graph holds no exchange between processes: leave the graph rungs out of --speed")
+    if isinstance(preset(recipe.model.preset), MrtConfig):
+        # Windows, crops of the perceptual terms and lookups by tensors on the CPU are drawn or made anew in every step.
+        if asked == "ladder":
+            asked = [r for r in speed.LADDER[torch.device(device).type] if "graph" not in r]
+        elif any("graph" in r for r in ([asked] if isinstance(asked, str) else asked)):
+            raise UsageError("a step of MRT draws its windows anew, which a CUDA graph does not: leave the graph rungs "
+                             "out of --speed")
+        if recipe.critic:
+            asked = "safe" if asked == "safe" else "eager"
     if asked == "ladder" or not isinstance(asked, str):
         seconds = 8.0 if device.startswith("cuda") else 1.0     # a CPU has one rung: nothing hangs on its number
         rungs = None if asked == "ladder" else asked
@@ -510,8 +607,8 @@ def _pictures(recipe: Recipe, folder: Path, valid: Path | None, cache: Path, dev
     return crops, judged, refuse
 
 
-def start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init: str, state: Path | None,
-           choice: ladder.Choice, us: Ranks) -> Trainer:
+def start(recipe: Recipe, model: Any, crops: data.Crops, device: str, init: str, state: Path | None,
+          choice: ladder.Choice, us: Ranks, networks: Measures | None = None, out: Path | None = None) -> Trainer:
     config: Any = model.config
     for phase in recipe.phases:
         if phase.crop % config.multiple:
@@ -528,12 +625,20 @@ def start(recipe: Recipe, model: nn.Module, crops: data.Crops, device: str, init
         if missing or extra:
             say(f"{init}: not in it: {', '.join(missing) or 'nothing'}; not used: {', '.join(extra) or 'nothing'}")
     elif state is None and getattr(config, "init", "torch") != "torch":
-        number, side = model.start_crops        # type: ignore[misc]
-        model.to(device).init_klt(torch.cat([crops.batch(32, side) for _ in range(number // 32)]))  # type: ignore[operator]
-    model.set_bf16(recipe.model.bf16)   # type: ignore[operator]
+        number, side = model.start_crops
+        model.to(device).init_klt(torch.cat([crops.batch(32, side) for _ in range(number // 32)]))
+    model.set_bf16(recipe.model.bf16)
     ladder.use_backends(choice.backends, device)
     us.same(list(model.to(device).state_dict().values()))
+    if (recipe.codes or recipe.critic) and not isinstance(model, Mrt):
+        raise RecipeError(f"[codes] and [critic] are for MRT, and {recipe.model.preset} is none")
     trainer = Trainer(recipe, model, crops, device, choice, us)
+    if recipe.codes and networks:
+        trainer.codes = Codes(recipe.codes, model, networks, recipe.optimiser.lr, recipe.optimiser.betas)
+        if state is None:
+            trainer.codes.prepare(crops, recipe.seed, out / "codes.safetensors" if out and us.first else None)
+    for _, stage in trainer.stages():
+        us.same(list(stage.state_dict().values()))
     if state is not None:
         trainer.restore(state)
     return trainer

@@ -55,6 +55,35 @@ class Perceptual:
     vgg: float
     wd: float
     phase: float
+    count: int = 2                      # crops of a batch that VGG sees, and the side of what it sees of them
+    window: int = 128
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Discrete targets (codes.py): k-means codes of 16 px patches, made of training crops when a run begins."""
+
+    squeeze: int                        # codes of SqueezeNet's last features
+    vgg: int                            # codes of VGG19n's local means and deviations
+    axes: int                           # principal axes of the features, in which codes are found
+    examples: int                       # training crops of 256 px that the codes are made of
+    count: int                          # crops of a batch whose VGG codes are asked for
+    weight: float                       # of the cross-entropy, in phases with stage = "codes"
+    later: float = 0.0                  # and in all others
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic of a run that trains the decoder alone (critic.py)."""
+
+    width: int                          # channels of the first layer; 64: 2.8 M parameters
+    lr: float
+    betas: tuple[float, float]
+    weight: float                       # of its verdict in the decoder's loss, where `share` is 0
+    matching: float                     # of the distance of its features there
+    lecam: float                        # in its own loss
+    rise: float                         # share of the run in which both rise from 0
+    share: float = 0.0                  # norm of the verdict's gradient at the picture over that of all but the critic
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,7 @@ class Phase:
     batch: int                          # of all processes together
     rounding: Literal["noise", "round", "dead-zone"] = "dead-zone"      # of MRT's latents (mrt.py)
     perceptual: bool = False
+    stage: Literal["picture", "codes"] = "picture"   # codes: what `codes` says, and a picture a quarter as large
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,7 @@ class Intervals:
     log_seconds: float
     save_seconds: float
     evaluate_seconds: float
+    gate_seconds: float | None = None   # MRT's gates (gates.py); always after an evaluation
 
 
 @dataclass(frozen=True)
@@ -169,6 +200,8 @@ class Recipe:
     intervals: Intervals
     data: Data
     quality: Quality | None = None      # None: loss.lambda
+    codes: Codes | None = None          # MRT only, as is
+    critic: Critic | None = None
 
     def phase_at(self, progress: float) -> Phase:
         return [p for p in self.phases if p.start <= progress][-1]
@@ -260,13 +293,34 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
         (all(p.crop > 0 and p.batch > 0 for p in r.phases), "phases need crop and batch above 0"),
         (r.loss.perceptual is not None or not any(p.perceptual for p in r.phases),
          "perceptual phases need [loss.perceptual]"),
+        *_codes_and_critic(r),
         (0 <= r.ema.decay < 1 and r.ema.every > 0, "ema.decay must lie in [0, 1), ema.every above 0"),
         (bool(r.evaluation.qualities) and r.evaluation.pictures > 0, "evaluation needs a picture and a quality"),
-        (min(r.intervals.log_seconds, r.intervals.save_seconds, r.intervals.evaluate_seconds) > 0,
+        (min(r.intervals.log_seconds, r.intervals.save_seconds, r.intervals.evaluate_seconds,
+             math.inf if r.intervals.gate_seconds is None else r.intervals.gate_seconds) > 0,
          "intervals must be above 0"),
         (all(p.scale > 0 and p.share >= 0 for p in r.data.pools)
          and abs(sum(p.share for p in r.data.pools) - 1) < 1e-3, "the shares of data.pools must be 1 in sum"),
     ]
+
+
+def _codes_and_critic(r: Recipe) -> list[tuple[bool, str]]:
+    c, k, first = r.codes, r.critic, any(p.stage == "codes" for p in r.phases)
+    rules = [(c is not None or not first, 'phases with stage = "codes" need [codes]'),
+             (not any(p.stage == "codes" and p.perceptual for p in r.phases), "a phase for codes cannot be perceptual"),
+             (c is None or k is None, "[critic] trains the decoder alone: it goes without [codes]")]
+    if c:
+        rules += [(first or c.later > 0, '[codes] needs a phase with stage = "codes", or codes.later above 0'),
+                  (min(c.squeeze, c.vgg, c.axes, c.examples, c.count) > 0 and min(c.weight, c.later) >= 0,
+                   "codes: numbers must be above 0, weights not below"),
+                  (c.axes <= 512 and 256 * c.examples >= max(c.squeeze, c.vgg),
+                   "codes: axes are at most 512, and a crop has 256 patches to make codes of")]
+    if k:
+        rules += [(k.width > 0 and k.lr > 0 and all(0 <= b < 1 for b in k.betas),
+                   "critic: width and lr must be above 0, betas in [0, 1)"),
+                  (min(k.weight, k.matching, k.lecam, k.share) >= 0 and 0 <= k.rise <= 1,
+                   "critic: weights must not be below 0, rise is a share")]
+    return rules
 
 
 def _table(kind: Any, table: dict[str, Any], where: str, source: str) -> Any:

@@ -21,6 +21,7 @@ from linic.errors import LinicError
 from linic.train.loss import rate_distortion
 from linic.train.perceptual import Perceptual
 from linic.train.recipe import Loss
+from linic.train.stage import Stage
 
 SMALLEST = 256          # tokens of a picture: blocks with fewer are not worth their seconds of compilation
 WARM_UPS = 3            # runs before a capture: handles, workspaces and lazy state must exist by then
@@ -30,7 +31,8 @@ SMALL_GRADIENT = 1e-3   # share of the whole gradient's norm
 
 
 class Step:
-    """Forward, backward, clip, AdamW. -> loss, bpp, loss.Terms.aside, PSNR, gradient norm: (5,), on the device.
+    """Forward, backward, clip, AdamW. -> loss, bpp, loss.Terms.aside, PSNR, gradient norm: (5,), on the device, and the
+    numbers of its stage, if it has one.
 
     A step whose loss or gradient is not finite changes nothing: the fused AdamW is told so on the device.
     """
@@ -40,7 +42,8 @@ class Step:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.forward: Callable[..., Any] = model
-        self.judge: Perceptual | None = None            # of this step
+        self.judge: Perceptual | None = None            # of this step, as is
+        self.stage: Stage | None = None
         self.average: Callable[[list[Tensor]], None] | None = None      # over the processes of a run (ranks.py)
         state: Any = optimiser              # GradScaler's way to tell a fused optimiser
         state.found_inf, state.grad_scale = torch.zeros((), device=self.device), None
@@ -58,21 +61,36 @@ class Step:
             group["lr"], group["capturable"] = (self.lr, True) if on_gpu else (lr, False)
         state: Any = self.optimiser
         state.found_inf = self.found_inf
+        if self.stage:
+            self.stage.set_rate(lr, self.found_inf)
 
     def run(self, x: Tensor, quality: Tensor) -> Tensor:
-        terms = rate_distortion(self.forward(x, quality), x, quality, self.loss, self.judge)
+        stage, beside, more = self.stage, None, []
+        if stage is None:
+            terms = rate_distortion(self.forward(x, quality), x, quality, self.loss, self.judge)
+        else:
+            terms, beside, numbers_of_stage = stage.objective(self.forward, x, quality, self.loss, self.judge)
+            stage.optimiser.zero_grad(set_to_none=True)
+            more = [numbers_of_stage.detach()]
         loss = terms.loss.mean()
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if beside is None else loss + beside).backward()
+        trained = [*self.params, *(stage.trained if stage else [])]
         with torch.no_grad():
             psnr = (-10 * torch.log10(terms.mse.clamp_min(1e-10))).mean()
             numbers = torch.stack([loss, terms.bpp.mean(), terms.aside.mean(), psnr])
             if self.average:
-                self.average([numbers, *(p.grad for p in self.params if p.grad is not None)])
+                self.average([numbers, *(p.grad for p in trained if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
-        self.found_inf.copy_(~(torch.isfinite(numbers[0]) & torch.isfinite(norm)))
+        finite = torch.isfinite(numbers[0]) & torch.isfinite(norm)
+        if stage:
+            finite = finite & torch.isfinite(nn.utils.clip_grad_norm_(stage.trained, self.clip))
+            numbers[0] = torch.where(finite, numbers[0], torch.nan)     # so that whoever reads them knows
+        self.found_inf.copy_(~finite)
         self.optimiser.step()
-        return torch.cat([numbers, norm.detach()[None]])
+        if stage:
+            stage.optimiser.step()
+        return torch.cat([numbers, norm.detach()[None], *more])
 
     def prepare(self, x: Tensor, quality: Tensor) -> None:
         """Compilation and capture for inputs of this shape. Weights and optimiser are left as they were."""

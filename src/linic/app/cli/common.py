@@ -106,6 +106,25 @@ def quality(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits per pixel above 0")
+    return value
+
+
+def model_of(told: dict[str, Any]) -> str:
+    """The name of the model that a file's `info` is about: registered, or installed here, or its digest."""
+    if told["model"]:
+        return str(told["model"])
+    from linic import weights
+    names = [m["name"] for m in weights.available() if m.get("digest") == told["digest"]]
+    return names[0] if names else told["digest"]
+
+
 def qualities(text: str) -> list[int]:
     """"0,25,50", or "0,10,...,100" for even steps."""
     parts = text.split(",")

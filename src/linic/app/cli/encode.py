@@ -9,9 +9,14 @@ from linic.errors import UsageError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     common.add_files(parser, "a picture (PNG, JPEG, WebP, AVIF, ...)", "the .linic file")
-    parser.add_argument("-q", "--quality", type=common.quality, default=50, metavar="Q",
-                        help="0 smallest .. 100 best (default: 50)")
-    parser.add_argument("--model", default="lalic-xs", metavar="NAME|PATH", help="default: lalic-xs")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("-q", "--quality", type=common.quality, metavar="Q", help="0 smallest .. 100 best (default: 50)")
+    rate.add_argument("--bpp", type=common.rate, metavar="X", help="the best file of at most X bits per pixel")
+    rate.add_argument("--size", type=common.positive, metavar="BYTES", help="the best file of at most so many bytes")
+    parser.add_argument("--extreme", action="store_true", help="a few hundred bytes: a picture that one recognises, "
+                        "whose details are invented (model mrt-xs)")
+    parser.add_argument("--model", default="auto", metavar="NAME|PATH", help="default: lalic-xs; mrt-xs with "
+                        "--extreme, and where --bpp or --size ask for less than lalic-xs can give")
     parser.add_argument("--compact", action="store_true", help="a header of 8 bytes instead of 50; no metadata")
     common.add_machine(parser)
     common.add_json(parser)
@@ -29,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
         image = read_bytes(common.read_input(args.input), common.shown(args.input))
         started = time.perf_counter()
         data = linic.encode(image, quality=args.quality, model=args.model, device=args.device,
-                            profile="compact" if args.compact else "full")
+                            profile="compact" if args.compact else None, extreme=args.extreme, bpp=args.bpp,
+                            size=args.size)
         seconds = time.perf_counter() - started
     common.write_output(output, data)
-    bpp = 8 * len(data) / (image.width * image.height)
-    line = f"{output}  {len(data)} bytes  {bpp:.3f} bpp  q {args.quality}  {args.model}  {seconds:.2f} s"
+    told, bpp = linic.info(data), 8 * len(data) / (image.width * image.height)
+    quality, model = told["quality"][0], args.model if args.model != "auto" else common.model_of(told)
+    line = f"{output}  {len(data)} bytes  {bpp:.{3 if bpp >= 0.1 else 4}f} bpp  q {quality}  {model}  {seconds:.2f} s"
     common.print_result(args, output, line, {
         "input": args.input, "output": output, "bytes": len(data), "bpp": bpp, "width": image.width,
-        "height": image.height, "quality": args.quality, "model": args.model, "seconds": seconds,
+        "height": image.height, "quality": quality, "model": model, "seconds": seconds,
     })
     return 0

@@ -17,6 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--anchors", metavar="SET",
                         help="compare with known curves on the set: kodak, clic-professional or tecnick")
+    parser.add_argument("--measures", type=Path, metavar="FOLDER",
+                        help="weights of perceptual networks: adds LPIPS(alex), LPIPS(squeeze), VGG19n, SSIMULACRA2, "
+                             "seams and lattices (about 3 s a 768x512 picture)")
     parser.add_argument("--json", metavar="OUT", help="the whole result as JSON; - writes stdout")
     parser.add_argument("--markdown", metavar="OUT", help="the report; - writes stdout (default)")
     parser.add_argument("--plot", metavar="OUT", help="PSNR over bpp as PNG")
@@ -27,12 +30,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from linic.bench import anchors, report
     from linic.bench.evaluate import evaluate, pictures_in
+    from linic.bench.judge import Judge
     rivals = anchors.load(args.anchors) if args.anchors else {}
     common.use_threads(args)
+    judge = Judge(args.measures) if args.measures else None
     with common.about(args.input):
         paths = pictures_in(args.input)[: args.limit]
         result = evaluate(paths, args.qualities, model=args.model, device=args.device, keep=args.keep,
-                          command=command_of(args), progress=show if sys.stderr.isatty() else None)
+                          command=command_of(args), progress=show if sys.stderr.isatty() else None, judge=judge)
     if args.json:
         common.write_output(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot:
@@ -46,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['name']}  q {row['quality']}  {row['bpp']:.4f} bpp  {row['psnr-rgb']:.2f} dB", file=sys.stderr)
+    psnr = "" if row["psnr-rgb"] is None else f"  {row['psnr-rgb']:.2f} dB"
+    print(f"{row['name']}  q {row['quality']}  {row['bpp']:.4f} bpp{psnr}", file=sys.stderr)
 
 
 def command_of(args: argparse.Namespace) -> str:
@@ -55,4 +61,6 @@ def command_of(args: argparse.Namespace) -> str:
     for name in ("limit", "threads"):
         if getattr(args, name):
             parts += [f"--{name}", str(getattr(args, name))]
+    if args.measures:
+        parts += ["--measures", args.measures.name]
     return shlex.join([*parts, "--device", args.device])

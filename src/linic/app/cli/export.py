@@ -11,6 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="RUN", help="folder of a run, or one checkpoint")
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the weight file (.safetensors)")
     parser.add_argument("--measure", metavar="DIR", help="code these pictures and write the result into the card")
+    parser.add_argument("--adversarial", metavar="RUN", help="MRT: a run that tuned the decoder alone, as a second one")
     parser.add_argument("--about", type=field, action="append", default=[], metavar="KEY=TEXT",
                         help="a field for the card, such as data=...; may be repeated")
     parser.add_argument("--no-int8", dest="int8", action="store_false", help="keep all weights as float16")
@@ -22,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     if os.path.exists(args.out) and not args.force:
         raise UsageError(f"{args.out}: exists already; --force overwrites it")
     from linic.train.export import export
-    card = export(args.input, args.out, measure=args.measure, about=dict(args.about), int8=args.int8)
+    card = export(args.input, args.out, measure=args.measure, about=dict(args.about), int8=args.int8,
+                  adversarial=args.adversarial)
     size = os.path.getsize(args.out)
     if args.json:
         print(json.dumps({"output": args.out, "bytes": size, "card": card}))
