@@ -194,7 +194,7 @@ def check(args: Any) -> int:
         step = speed.Step(model, optimisers.build(r.optimiser, model), r.optimiser.clip, r.loss)
         step.judge = judge
         step.stage = critic or (Codes(r.codes, model, networks, r.optimiser.lr) if r.codes else None)
-        side = r.phases[0].crop
+        side = max(r.phases[0].crop, 96 if judge else 0)        # of perceptual terms at least
         x = torch.rand(1, side, side, 3, device=device).permute(0, 3, 1, 2)
         loss = float(step(x, torch.full((1,), 50.0, device=device), 0.0)[0])
     except Exception:

@@ -1,4 +1,4 @@
-"""Weight files of untrained MRT models. Their start is a linear codec fitted to low-pass noise: bad, but it codes."""
+"""Weight files of untrained MRT models. Their start is a linear codec fitted to noise: bad, but it codes."""
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,19 @@ def made(config: str | AnyConfig, seed: int = 0) -> Mrt:
     """No layer of it is silent, not even those that are at the start."""
     torch.manual_seed(seed)
     model: Any = build(config).eval()
-    coarse = torch.rand(12, 3, 16, 16)
-    model.init_klt(F.interpolate(coarse, size=(256, 256), mode="bicubic").clamp(0, 1).permute(0, 2, 3, 1))
+    model.init_klt(noise().permute(0, 2, 3, 1))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if not p.any() and p.ndim > 1 and name.startswith(("decoder.", "rcm.")):
                 p.normal_(0, 0.02 / p[0].numel() ** 0.5)
     return model
+
+
+def noise() -> torch.Tensor:
+    """(12, 3, 256, 256): as strong in each octave, as photographs are; grey for the most part."""
+    octaves = [F.interpolate(torch.randn(12, 1, n, n) + 0.3 * torch.randn(12, 3, n, n), size=(256, 256), mode="bicubic")
+               for n in (2, 4, 8, 16, 32, 64, 128)]
+    return (0.5 + 0.09 * sum(octaves)).clamp(0, 1)
 
 
 def critic(model: Mrt, seed: int = 1) -> dict[str, torch.Tensor]:

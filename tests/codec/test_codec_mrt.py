@@ -57,7 +57,7 @@ def test_any_size_comes_back_in_its_size_and_mode(installed, photo, size, mode):
     data = linic.encode(image, extreme=True)
     told, back = linic.info(data), linic.decode(data, realism=0)
     assert (back.size, back.mode) == (size, mode) and told["model"] == "mrt-xs" and told["quality"][0] == 50
-    assert psnr(image, back) > 14
+    assert psnr(image, back) > 12
     one = mode == "RGB" and size[0] <= 2048
     assert told["profile"] == ("compact" if one else "full")
     assert len(data) == told["payload"] + 8 if one else len(data) <= told["payload"] + 130
@@ -275,7 +275,7 @@ def test_realism_is_refused_where_there_is_no_second_decoder(two, photo):
 # Targets.
 
 
-@pytest.mark.parametrize("most", [130, 180, 250])
+@pytest.mark.parametrize("most", [45, 90, 250])
 def test_a_size_is_met_by_the_best_quality_that_fits(installed, photo, most):
     image = photo.resize((256, 192))
     data = linic.encode(image, size=most)

@@ -229,7 +229,7 @@ def test_the_start_is_a_working_linear_codec(started, kind):
         low, high = (model(x, torch.tensor([q, q])) for q in (0.0, 100.0))
     constant = (x - x.mean((2, 3), keepdim=True)).square().mean()
     errors = [(out["x_hat"] - x).square().mean() for out in (low, high)]
-    assert errors[1] < errors[0] < 0.25 * constant
+    assert errors[1] < errors[0] < 0.4 * constant
     rates = [(out["bits"] / 256**2).mean().item() for out in (low, high)]
     assert rates[0] == pytest.approx(0.004, rel=0.3)
     if kind == "staggered":     # so few coefficients do not reach the highest rate

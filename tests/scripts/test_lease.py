@@ -115,8 +115,8 @@ def test_a_run_that_dies_goes_on_from_its_state_more_carefully(work, monkeypatch
         return SimpleNamespace(returncode=codes.pop(0))
 
     monkeypatch.setattr(lease.subprocess, "run", run)
-    args = SimpleNamespace(recipe="r.toml", data=work / "data", work=work, valid=None, init="trunk", device="cuda",
-                           speed="ladder")
+    args = SimpleNamespace(recipe="r.toml", data=work / "data", work=work, valid=None, measures=None, init="trunk",
+                           device="cuda", speed="ladder")
     assert lease.supervise(args) == 0
     assert [c[c.index("--speed") + 1] for c in asked] == ["ladder", "eager", "safe"]
     assert ["--resume" in c for c in asked] == [False, True, True] == ["--init" not in c for c in asked]
@@ -178,4 +178,4 @@ def test_without_avif_the_check_says_what_to_carry(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "check", lambda name: name != "avif" and check(name))
     with pytest.raises(lease.Refused, match=r"cannot read AVIF(.|\n)*--site(.|\n)*pip download"):
         lease.check(SimpleNamespace(recipe=ROOT / "recipes" / "lalic-xs.toml", data=tmp_path, device="cpu", init=None,
-                                    torch_kernels=False))
+                                    measures=None, torch_kernels=False))
