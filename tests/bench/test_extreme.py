@@ -95,6 +95,8 @@ def test_a_second_run_makes_nothing_and_new_weights_make_ours_alone(paths, tmp_p
 
 def test_rows_of_a_result_are_known_elsewhere_and_a_torn_line_is_made_again(paths, tmp_path):
     result = run(paths, tmp_path / "o")
+    recorded = {"codec": "jpegxl", "picture": "p0.png", "rate": "0.5", "bytes": 300, "bpp": 0.4, "recorded": True}
+    result["rows"].append(recorded)         # of another run: without a key
     (tmp_path / "old.json").write_text(extreme_report.json_text(result, extreme_report.summary(result)))
     assert not run(paths, tmp_path / "new", known=[tmp_path / "old.json"])["made"]
     rows = tmp_path / "o" / "rows.jsonl"

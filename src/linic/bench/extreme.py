@@ -134,7 +134,7 @@ def _rows_in(path: Path) -> list[Row]:
         return []
     text = path.read_text()
     if path.suffix == ".json":
-        return json.loads(text).get("rows", [])
+        return [row for row in json.loads(text).get("rows", []) if "key" in row]        # recorded ones have none
     rows = []
     for line in text.splitlines():
         try:
@@ -238,7 +238,7 @@ class _Picture:
         scale, quality, size, psnr, ms_ssim, ssimulacra2 = found
         return {"codec": codec, "picture": self.path.name, "rate": rate, "width": self.image.width,
                 "height": self.image.height, "bpp": round(8 * size / self.pixels, 6), "bytes": int(size),
-                "scale": int(scale), "quality": quality, **dict.fromkeys(KEYS), "psnr-rgb": psnr,
+                "scale": int(scale), "quality": quality, "psnr-rgb": psnr,
                 "ms-ssim-rgb": ms_ssim, "ssimulacra2": ssimulacra2, "recorded": True}
 
     def ours(self, ours: Ours, qualities: Sequence[int], references: dict[float, Row | None]) -> list[Row]:

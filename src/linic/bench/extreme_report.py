@@ -22,6 +22,7 @@ from linic.errors import BackendMissing, UsageError
 from linic.picture import write_whole
 
 READ_AT = (0.0113, 0.015, 0.0237)       # bpp at which curves are read; VVC's decoded pictures are about the outer two
+READ = ("lpips-alex", "psnr-rgb", "ms-ssim-rgb")
 BEYOND = 0.02                           # of the rate, that a curve may be read past its end
 KODAK = 24
 JUDGE = "lpips-alex"
@@ -110,7 +111,7 @@ def summary(result: dict[str, Any], anchors: Anchors | None = None) -> dict[str,
     curves = {codec: mean_points(rows, codec, pictures) for codec in ("linic", *CLASSICAL) if codec in here}
     whole = len(result["pictures"]) == KODAK and bool({"vvc420"} & here)
     known = published(anchors)
-    read = {name: {f"{bpp:g}": {key: at_rate(points, key, bpp) for key in KEYS} for bpp in READ_AT}
+    read = {name: {f"{bpp:g}": {key: at_rate(points, key, bpp) for key in READ} for bpp in READ_AT}
             for name, points in [*curves.items(), *((name, entry["points"]) for name, entry in known.items())]}
     against = {}
     if "linic" in curves:
@@ -180,7 +181,7 @@ def markdown(result: dict[str, Any], found: dict[str, Any]) -> str:
               + ("" if found["whole_kodak"] else "**Published rows are means over all 24 Kodak pictures, these are "
                  "not: no comparison.** ")
               + "Names with * were published, with ** read off a chart (to about .003).", ""]
-    for key in (JUDGE, "psnr-rgb", "ms-ssim-rgb"):
+    for key in READ:
         column = next(c for c in COLUMNS if c.key == key)
         named = [(LABELS.get(name) or name + ("**" if found["published"][name]["chart"] else "*"), at)
                  for name, at in found["read"].items()]
