@@ -48,7 +48,7 @@ def test_a_part_is_off_inside_and_back_afterwards(checkpoints, image, variant):
     ours, start = estimate.Estimated(checkpoints[1]), estimate.load(checkpoints[0])
 
     def both() -> tuple[int, np.ndarray]:
-        coded = ours.encode(image, 50)
+        coded = ours.encode(image, 100)
         return coded.bytes, np.asarray(ours.decode(coded))
 
     before = both()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from linic.bench.perceptual import FILES, Measures
 from linic.errors import UsageError
-from linic.train.perceptual import RELUS, Perceptual, phase, shared_transform, wasserstein
+from linic.train.perceptual import RELUS, Perceptual, Terms, phase, seam, shared_transform, wasserstein
 
 WEIGHTS = Path(os.environ.get("LINIC_MEASURES") or Path(__file__).parents[3] / "shared" / "data" / "weights")
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason=f"no weights of the measures: {WEIGHTS} is no folder")
@@ -34,11 +34,11 @@ def batch(count: int = 3, side: int = 128) -> torch.Tensor:
 @needs_weights
 def test_the_terms_of_equal_pictures_are_zero_and_grow_with_noise(measures):
     loss, x = Perceptual(measures), batch()
-    assert all(float(t) == 0 for t in loss(x, x))
-    last = loss(x, x)
+    last = loss(x, x)[:4]                       # the seam term looks at x_hat alone
+    assert all(float(t) == 0 for t in last)
     for sigma in (0.05, 0.2):
         torch.manual_seed(1)
-        terms = loss(x + sigma * torch.randn_like(x), x)
+        terms = loss(x + sigma * torch.randn_like(x), x)[:4]
         assert all(a > b for a, b in zip(terms, last)) and all(t.shape == () for t in terms)
         last = terms
 
@@ -48,7 +48,7 @@ def test_every_term_has_a_finite_gradient_in_the_picture_and_in_nothing_else(mea
     loss, x = Perceptual(measures), batch().requires_grad_()
     for start in (x + 0.1 * torch.randn_like(x), 2 * x - 0.5, torch.zeros_like(x)):
         x_hat = start.detach().requires_grad_()
-        for name, term in loss(x_hat, x)._asdict().items():
+        for name, term in zip(Terms._fields[:4], loss(x_hat, x)):
             gradient, = torch.autograd.grad(term, x_hat, retain_graph=True)
             assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
     loss(x_hat, x.detach()).lpips.backward()
@@ -141,3 +141,15 @@ def test_the_phase_term_hardly_sees_noise_shades_and_smooth_errors():
     noise, shade = torch.randn(1, 3, 128, 128), torch.ones(1, 3, 128, 128)
     assert phase(smooth) < 1e-6 * smooth.square().mean() and phase(shade) < 1e-9
     assert float(phase(noise)) == pytest.approx(1 / 64, rel=0.2)            # of 64 cells
+
+
+def test_the_seam_term_sees_a_grid_of_16_px_and_not_texture():
+    torch.manual_seed(0)
+    noise, smooth = torch.rand(2, 3, 128, 192), batch(2, 128)
+    cells = torch.randn(2, 3, 8, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    grid = (0.5 + 0.02 * cells + 0.003 * torch.randn(2, 3, 128, 128)).requires_grad_()
+    assert seam(noise) < 0.01 and seam(smooth) < 0.1 < 1 < seam(grid)
+    assert seam(grid.roll(8, 3).roll(8, 2)) < 0.01          # elsewhere it is structure
+    gradient, = torch.autograd.grad(seam(grid), grid)
+    before = float(seam(grid))
+    assert float(seam(grid - 0.01 * gradient / gradient.abs().max())) < before

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         """(N, T, C), a window each -> same."""
         n, t, c = y.shape
         q, k, v = self.qkv(y).view(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = (F.rms_norm(z.float(), z.shape[-1:], g, 1e-6).to(v.dtype) for z, g in zip((q, k), self.gains))
+        q, k = (F.rms_norm(z.float(), z.shape[-1:], g.float(), 1e-6).to(v.dtype) for z, g in zip((q, k), self.gains))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
 
 

@@ -159,7 +159,7 @@ class Gates:
             x_hat = x_hat.detach().requires_grad_()
             t = self.judge(x_hat, x)
             terms = {"mse": 100 * (x_hat - x).square().mean(), "lpips": w.lpips * t.lpips, "vgg": w.vgg * t.vgg,
-                     "wd": w.wd * t.wd, "phase": w.phase * t.phase}
+                     "wd": w.wd * t.wd, "phase": w.phase * t.phase, "seam": w.seam * t.seam}
             if critic:
                 verdict, matching = critic.against(x_hat, x, faithful, Augmentation(x))
                 terms |= {"verdict": -critic.numbers.weight * verdict, "matching": critic.numbers.matching * matching}

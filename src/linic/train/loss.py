@@ -67,7 +67,8 @@ def rate_distortion(out: dict[str, Any], x: Tensor, quality: Tensor, loss: Loss,
         total = extreme(out["lambda"], mse, bpp)
         if judge is not None and loss.perceptual is not None:
             terms, w = judge(out["x_hat"], x), loss.perceptual
-            total = total + w.lpips * terms.lpips + w.vgg * terms.vgg + w.wd * terms.wd + w.phase * terms.phase
+            total = total + (w.lpips * terms.lpips + w.vgg * terms.vgg + w.wd * terms.wd + w.phase * terms.phase
+                             + w.seam * terms.seam)
             aside = aside + terms.lpips.detach()
         return Terms(total, mse, bpp, aside)
     bpp_z = bits(out["likelihoods"]["z"]) / pixels

@@ -4,6 +4,7 @@
     vgg      VGG19n: distance of unit features, of `count` of the batch only  } transform, so that nothing can be drawn
     wd       Wasserstein distortion on the same features as vgg               } where the strides of a network miss it
     phase    16 px lattices, which the transform alone does not prevent
+    seam     borders of 16 px cells that stand out
 
 Scalars, unweighted, means over the batch, differentiable in x_hat; the recipe weighs them. x_hat need not be clamped.
 Draws come from torch's CPU generator. The networks run in bf16, all else in float32.
@@ -24,6 +25,7 @@ from linic.errors import UsageError
 
 SMALLEST_SIDE = 96          # three quarters of it, a quarter of that at relu3_1, still hold one pool of 16
 CELL = 16                   # pixels
+PART, LEVEL = 64, 1 / 255
 POOLS = (4, 8, 16)          # positions of a tap
 RELUS = (0, 2, 4)           # relu1_1, relu2_1, relu3_1 of the taps
 
@@ -33,6 +35,7 @@ class Terms(NamedTuple):
     vgg: Tensor
     wd: Tensor
     phase: Tensor
+    seam: Tensor
 
 
 class Perceptual:
@@ -55,7 +58,22 @@ class Perceptual:
         a_part, b_part = (t[some, :, top:top + self.window, left:left + self.window] for t in (a, b))
         taps = self.measures.pairs("vgg", a_part, b_part, self.dtype)
         return Terms(self.measures.lpips(a, b, "squeeze", self.dtype).mean(), unit_distance(taps).mean(),
-                     wasserstein([taps[i] for i in RELUS]), phase(x_hat - x))
+                     wasserstein([taps[i] for i in RELUS]), phase(x_hat - x), seam(x_hat))
+
+
+def seam(x_hat: Tensor) -> Tensor:
+    """Borders of 16 px cells that stand out: squared ln of the mean gradient across them over that elsewhere, in parts
+    of 64 px, where it is above 0. A flat sky counts as much as foliage: a grid is seen there first."""
+    parts = []
+    for x in (x_hat, x_hat.mT):
+        x = x[..., :x.shape[2] // PART * PART, :x.shape[3] // PART * PART]
+        steps = F.pad((x[..., 1:] - x[..., :-1]).abs(), (1, 0))         # step n: from n - 1 to n
+        b, c, h, w = steps.shape
+        cells = steps.view(b, c, h // PART, PART, w // PART, PART // CELL, CELL).mean((1, 3))   # b, h, w, cells, CELL
+        border, inside = cells[..., 0], cells[..., 1:].mean((3, 4))
+        border = torch.cat([border[:, :, :1, 1:].mean(3, keepdim=True), border[:, :, 1:].mean(3, keepdim=True)], 2)[..., 0]
+        parts.append(F.relu(torch.log((border + LEVEL) / (inside + LEVEL))).square().mean())
+    return torch.stack(parts).mean()
 
 
 def shared_transform(a: Tensor, b: Tensor, side: int) -> tuple[Tensor, Tensor]:

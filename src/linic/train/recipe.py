@@ -55,6 +55,7 @@ class Perceptual:
     vgg: float
     wd: float
     phase: float
+    seam: float = 0.0
     count: int = 2                      # crops of a batch that VGG sees, and the side of what it sees of them
     window: int = 128
 
