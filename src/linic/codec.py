@@ -64,8 +64,8 @@ def encode(image: "Image.Image", quality: int | None = None, model: str | PathLi
     weight file; "auto" is `lalic-xs`, or `mrt-xs` where extreme (a picture that one recognises, in a few hundred bytes;
     its details are invented) or where bpp or size ask for less than LALIC can give.
     profile: "full" carries colour profile, EXIF and XMP along unchanged. "compact": a header of 8 bytes instead of 50,
-    for RGB up to 2048x2048 and registered models, metadata left behind. None: full, but for MRT compact where nothing
-    would be left behind.
+    for RGB up to 2048x2048 and registered models; metadata is left behind, the picture turned and converted to sRGB so
+    that it needs none. None: full, but for MRT compact where that is possible.
     Raises PictureError, UsageError (also where no quality is small enough), ModelMissing, WeightsError.
     """
     if extreme and model != AUTO:
@@ -93,7 +93,7 @@ def _within(image: "Image.Image", most: int, model: str | PathLike[str], extreme
             return data
         smallest.append(f"{ready.name} needs {len(data)} ({len(data) * per_byte:.4f} bpp)")
     raise UsageError(f"at most {most} bytes ({most * per_byte:.4f} bpp) were asked for; {', '.join(smallest)}. "
-                     "Metadata counts; profile compact leaves it behind")
+                     "Metadata counts in a full file; profile compact leaves it behind")
 
 
 def _candidates(model: str | PathLike[str], extreme: bool, bpp: float) -> list[str | PathLike[str]]:
@@ -214,17 +214,19 @@ class Codec:
 
         if isinstance(quality, bool) or not isinstance(quality, (int, np.integer)) or not 0 <= quality <= 100:
             raise UsageError(f"quality is {quality!r}; whole numbers from 0 to 100 are possible")
-        pixels = picture.to_array(image)
-        height, width = pixels.shape[:2]
-        kept = {TAGS[key]: value for key, value in picture.metadata(image).items()}
-        tiles_x, tiles_y = container.tiling(width, height)
-        code = container.model_code(self.digest)
+        picture.check(image)
+        code, kept = container.model_code(self.digest), {}
         if profile is None:
-            compact = self.mrt and code and image.mode == "RGB" and not kept and tiles_x == tiles_y == 1
+            compact = self.mrt and code and image.mode == "RGB" and max(container.tiling(*image.size)) == 1
             profile = container.COMPACT if compact else container.FULL
         if profile == container.COMPACT:
-            kept = {}
-        elif self.mrt:
+            image = picture.plain(image)
+        else:
+            kept = {TAGS[key]: value for key, value in picture.metadata(image).items()}
+        pixels = picture.to_array(image)
+        height, width = pixels.shape[:2]
+        tiles_x, tiles_y = container.tiling(width, height)
+        if self.mrt and profile == container.FULL:
             kept["TEXT"] = container.NOTE.encode()
         with _inference():
             z, y_q8 = self.latents(picture.pad(pixels, self.side), quality)

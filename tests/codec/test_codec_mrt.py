@@ -9,14 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import linic
 import mrt_files
 from linic import codec, container, weights
 from linic.entropy.steps import Numpy
 from linic.entropy.walk import walk
-from linic.errors import DecodeError, LatentsMismatch, LimitExceeded, ModelMissing, Unsupported, UsageError
+from linic.errors import (
+    DecodeError,
+    LatentsMismatch,
+    LimitExceeded,
+    ModelMissing,
+    PictureError,
+    Unsupported,
+    UsageError,
+)
 from linic.picture.files import to_bytes
 from linic.rangecoder import Encoder
 
@@ -93,16 +101,23 @@ def test_bytes_and_psnr_grow_with_quality(installed, photo):
     assert ends[0] + 1 < ends[1]
 
 
-def test_compact_is_the_default_only_where_nothing_is_left_behind(installed, photo):
-    image = photo.resize((64, 64))
-    image.info["icc_profile"] = b"profile" * 9
-    full = linic.encode(image, extreme=True)
+def test_compact_is_the_default_and_needs_no_metadata_to_be_shown_right(installed, photo):
+    image = photo.resize((96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # turned by a quarter
+    image.info["exif"] = exif.tobytes()
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    compact, full = linic.encode(image, extreme=True), linic.encode(image, extreme=True, profile="full")
     told = linic.info(full)
-    assert told["profile"] == "full" and set(told["metadata"]) == {"ICCP", "TEXT"}
-    assert linic.decode(full).info["icc_profile"] == b"profile" * 9
-    compact = linic.encode(image, extreme=True, profile="compact")
-    assert len(compact) == told["payload"] + 8
-    assert linic.decode(compact).tobytes() == linic.decode(full).tobytes()
+    assert linic.info(compact)["profile"] == "compact" and told["profile"] == "full"
+    assert set(told["metadata"]) == {"EXIF", "ICCP", "TEXT"} and (told["width"], told["height"]) == (96, 64)
+    assert linic.decode(full).info["icc_profile"] == image.info["icc_profile"]
+    upright = linic.decode(compact)
+    assert upright.size == (64, 96) and not {"exif", "icc_profile"} & set(upright.info)
+    assert compact == linic.encode(photo.resize((96, 64)).transpose(Image.Transpose.ROTATE_270), extreme=True)
+    image.info["icc_profile"] = b"no profile"
+    with pytest.raises(PictureError, match="full profile"):
+        linic.encode(image, extreme=True)
 
 
 def test_an_unregistered_model_codes_in_the_full_profile_and_says_that_it_invents(installed, photo, monkeypatch):

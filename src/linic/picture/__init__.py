@@ -8,11 +8,12 @@
     image.info[NOTE] = "..."             a note: PNG and JPEG files carry it as their comment
     save(image, "copy.png")              whole file or none
 
-Code values stay as they are: a colour profile and an EXIF orientation travel with them and are never applied.
+Code values stay as they are: a colour profile and an EXIF orientation travel with them and are never applied, but by
+`plain`, for files that leave metadata behind.
 Raises PictureError for everything that linic would otherwise have to change silently.
 """
-from linic.picture.arrays import NOTE, attach, check, crop, from_array, metadata, pad, to_array
+from linic.picture.arrays import NOTE, attach, check, crop, from_array, metadata, pad, plain, to_array
 from linic.picture.files import FORMATS, read, save, write_whole
 
-__all__ = ["FORMATS", "NOTE", "attach", "check", "crop", "from_array", "metadata", "pad", "read", "save", "to_array",
-           "write_whole"]
+__all__ = ["FORMATS", "NOTE", "attach", "check", "crop", "from_array", "metadata", "pad", "plain", "read", "save",
+           "to_array", "write_whole"]

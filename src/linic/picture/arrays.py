@@ -2,8 +2,10 @@
 
 Takes modes RGB and L, 8 bits a channel, without transparency. Raises PictureError for the rest, naming the mode.
 """
+from io import BytesIO
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from linic.errors import PictureError
 
@@ -75,6 +77,19 @@ def metadata(image: Image.Image) -> dict[str, bytes]:
         if value:
             found[key] = bytes(value)
     return found
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """The picture that needs no metadata to be shown right: turned as its EXIF says, its colours converted to sRGB."""
+    kept, image = metadata(image), ImageOps.exif_transpose(image)
+    if profile := kept.get("icc_profile"):
+        try:
+            image = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(BytesIO(profile)),
+                                              ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+        except (ImageCms.PyCMSError, OSError) as error:
+            raise PictureError(f"its colour profile cannot be applied ({error}): take the full profile, which keeps it, "
+                               "or remove it") from error
+    return image
 
 
 def attach(image: Image.Image, kept: dict[str, bytes]) -> Image.Image:
