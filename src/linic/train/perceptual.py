@@ -63,7 +63,8 @@ class Perceptual:
 
 def seam(x_hat: Tensor) -> Tensor:
     """Borders of 16 px cells that stand out: squared ln of the mean gradient across them over that elsewhere, in parts
-    of 64 px, where it is above 0. A flat sky counts as much as foliage: a grid is seen there first."""
+    of 64 px. A flat sky counts as much as foliage: a grid is seen there first. Both ways: a first run that was told of
+    standing out alone ended with borders .8 times as strong as all else."""
     parts = []
     for x in (x_hat, x_hat.mT):
         x = x[..., :x.shape[2] // PART * PART, :x.shape[3] // PART * PART]
@@ -72,7 +73,7 @@ def seam(x_hat: Tensor) -> Tensor:
         cells = steps.view(b, c, h // PART, PART, w // PART, PART // CELL, CELL).mean((1, 3))   # b, h, w, cells, CELL
         border, inside = cells[..., 0], cells[..., 1:].mean((3, 4))
         border = torch.cat([border[:, :, :1, 1:].mean(3, keepdim=True), border[:, :, 1:].mean(3, keepdim=True)], 2)[..., 0]
-        parts.append(F.relu(torch.log((border + LEVEL) / (inside + LEVEL))).square().mean())
+        parts.append(torch.log((border + LEVEL) / (inside + LEVEL)).square().mean())
     return torch.stack(parts).mean()
 
 
