@@ -87,8 +87,8 @@ def plain(image: Image.Image) -> Image.Image:
             image = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(BytesIO(profile)),
                                               ImageCms.createProfile("sRGB"), outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError) as error:
-            raise PictureError(f"its colour profile cannot be applied ({error}): take the full profile, which keeps it, "
-                               "or remove it") from error
+            raise PictureError(f"its colour profile cannot be applied ({error}): take the full profile, which keeps "
+                               "it, or remove it") from error
     return image
 
 

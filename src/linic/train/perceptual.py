@@ -72,7 +72,7 @@ def seam(x_hat: Tensor) -> Tensor:
         b, c, h, w = steps.shape
         cells = steps.view(b, c, h // PART, PART, w // PART, PART // CELL, CELL).mean((1, 3))   # b, h, w, cells, CELL
         border, inside = cells[..., 0], cells[..., 1:].mean((3, 4))
-        border = torch.cat([border[:, :, :1, 1:].mean(3, keepdim=True), border[:, :, 1:].mean(3, keepdim=True)], 2)[..., 0]
+        border = torch.cat([border[:, :, :1, 1:].mean(3), border[:, :, 1:].mean(3)], 2)     # the first is no border
         parts.append(torch.log((border + LEVEL) / (inside + LEVEL)).square().mean())
     return torch.stack(parts).mean()
 

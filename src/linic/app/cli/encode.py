@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     with common.about(args.input):
         image = read_bytes(common.read_input(args.input), common.shown(args.input))
         started = time.perf_counter()
-        data = linic.encode(image, quality=args.quality, model=args.model, device=args.device,
-                            profile="compact" if args.compact else "full" if args.full else None, extreme=args.extreme, bpp=args.bpp,
-                            size=args.size)
+        profile = "compact" if args.compact else "full" if args.full else None
+        data = linic.encode(image, quality=args.quality, model=args.model, device=args.device, profile=profile,
+                            extreme=args.extreme, bpp=args.bpp, size=args.size)
         seconds = time.perf_counter() - started
     common.write_output(output, data)
     told, bpp = linic.info(data), 8 * len(data) / (image.width * image.height)
