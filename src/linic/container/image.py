@@ -13,7 +13,8 @@ MODES = {0: "L", 1: "RGB"}
 FLOAT64, INTEGERS = 0, 1
 ARITHMETICS = {FLOAT64: "float64", INTEGERS: "integers"}
 MODEL_CODES = {1: "lalic-xs", 2: "lalic-s", 3: "lalic", 17: "mrt-xs", 18: "mrt-s", 19: "mrt"}
-FROZEN = {1: "4e71ec3cdb35cb75"}         # the digest that a code stands for, for ever; without one it is not yet given
+# The digest that a code stands for, for ever; without one it is not yet given.
+FROZEN = {1: "4e71ec3cdb35cb75", 17: "c84f0f2585fc1daf"}
 GENERATIVE = (17, 18, 19)               # codes whose models draw what the file does not say
 NOTE = "generative reconstruction: must not be used as evidence"     # TEXT of their files, and of all that they become
 METADATA = {"ICCP": 1 << 22, "EXIF": 1 << 24, "XMP_": 1 << 24, "TEXT": 1 << 16}     # limits in bytes, in file order

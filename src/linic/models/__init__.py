@@ -1,6 +1,7 @@
 """Model families and presets. `build("lalic-xs")` -> a torch module with fresh weights, in its training form.
 
-One family, one whole file (lalic.py, mrt.py); blocks.py holds what families share; presets/ are data.
+One family, one whole file: lalic.py; mrt.py, with its entropy model in rcm.py and its geometry in tokens.py.
+blocks.py holds what families share; presets/ are data.
 """
 
 from linic.models.config import AnyConfig, Config, MrtConfig, preset, presets
