@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--valid", type=Path, nargs="+", required=True, help="folders of pictures to judge by")
     parser.add_argument("--cache", type=Path, default=Path("runs/pictures"))
     parser.add_argument("--seconds", type=float, default=150, help="CPU time of each")
+    parser.add_argument("--only", nargs="+", default=[], help="these rivals, beside the static prior")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,6 +197,8 @@ def main() -> None:
             judged.setdefault(folder.name, []).append((h * w, found))
     result: dict[str, Any] = {}
     for number, (name, (fresh, frame)) in enumerate(predictors(model).items()):
+        if args.only and name not in ("static prior", *args.only):
+            continue
         torch.manual_seed(number)
         rival = Rival(model, fresh(), frame, name == "linear predictor alone")
         rival.fit(known[50.0])

@@ -16,7 +16,8 @@ def encode(image, quality=None, model="auto", device="auto", profile=None, *, ex
         raise ModelMissing(f"no model {model!r}. Installed: lalic-xs")
     pixels = to_bytes(image)[0]
     head = {"quality": [50 if quality is None else quality], "width": image.width, "height": image.height,
-            "payload": len(pixels), "model": "mrt-xs" if extreme else "lalic-xs", "asked": [bpp, size]}
+            "profile": profile or "full", "payload": len(pixels), "model": "mrt-xs" if extreme else "lalic-xs",
+            "asked": [bpp, size]}
     return MAGIC + json.dumps(head).encode() + b"\n" + pixels
 
 
