@@ -152,4 +152,4 @@ def test_the_seam_term_sees_a_grid_of_16_px_and_not_texture():
     assert seam(noise) < 0.01 and seam(smooth) < 0.1 < 1 < before
     assert seam(grid.detach().roll((8, 8), (2, 3))) > 0.01      # borders weaker than all else
     gradient, = torch.autograd.grad(seam(grid), grid)
-    assert float(seam(grid - 0.001 * gradient / gradient.abs().max())) < before
+    assert float(seam((grid - 0.001 * gradient / gradient.abs().max()).detach())) < before
