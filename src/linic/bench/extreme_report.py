@@ -17,6 +17,7 @@ from linic.bench.anchors import Curve
 from linic.bench.bdrate import bd_rate
 from linic.bench.extreme import Ours, Row, mean_points, picture_of
 from linic.bench.judge import COLUMNS, KEYS, NOTE
+from linic.bench.report import canvas
 from linic.bench.rivals import Anchors, grown
 from linic.errors import BackendMissing, UsageError
 from linic.picture import write_whole
@@ -262,15 +263,9 @@ def json_text(result: dict[str, Any], found: dict[str, Any]) -> str:
 
 def plot(found: dict[str, Any], key: str, path: Path, title: str) -> None:
     """One measure over bpp on a logarithmic axis: ours thick, classical solid, published dashed, chart-read dotted."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
-    except ImportError as error:
-        raise BackendMissing("the plot needs matplotlib: pip install linic[bench]") from error
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = canvas(10.5, 6.5)
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     column = next(c for c in COLUMNS if c.key == key)
 
     def draw(points: Sequence[Row], **style: Any) -> None:
@@ -297,7 +292,7 @@ def plot(found: dict[str, Any], key: str, path: Path, title: str) -> None:
     axes.set(xlabel="bits per pixel", ylabel=f"{column.heading} ({better})", title=title)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        axes.figure.legend(fontsize=8, loc="outside right upper")     # inside it would hide curves
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     write_whole(path, drawn.getvalue())

@@ -76,17 +76,21 @@ def bd_rates(test: Curve, anchors: dict[str, Curve]) -> list[str]:
     return lines
 
 
-def plot(curves: Sequence[Curve], anchors: dict[str, Curve], path: str | Path, title: str = "") -> None:
-    """PSNR over bpp as PNG; the rivals thin, ours thick."""
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """Figure and axes, inches; without pyplot: no display and no global state. Raises BackendMissing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BackendMissing("the plot needs matplotlib: pip install linic[bench]") from error
-    # Without pyplot: no display and no global state.
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, figure.add_subplot()
+
+
+def plot(curves: Sequence[Curve], anchors: dict[str, Curve], path: str | Path, title: str = "") -> None:
+    """PSNR over bpp as PNG; the rivals thin, ours thick."""
+    figure, axes = canvas(8, 6)
     for rival in anchors.values():
         axes.plot(rival.bpp, rival.psnr, marker=".", linewidth=1, label=rival.name)
     for ours in curves:
