@@ -95,6 +95,15 @@ def test_eval_prints_the_report_where_nothing_else_is_asked(folder, capsys):
     assert "| quality | bpp |" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_eval_measures_the_classical_codecs_on_the_same_pictures(folder, tmp_path, capsys):
+    assert main(["eval", str(folder), "-q", "10,50", "--anchors", "measured", "--json", str(tmp_path / "out.json"),
+                 "--markdown", "-"]) == 0
+    assert "| jpeg420 |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["anchors"]["jpeg420"]["psnr"]) == 8 and "--anchors measured" in result["command"]
+
+
 def test_eval_of_an_empty_folder_and_of_unknown_anchors_is_wrong_usage(tmp_path, capsys):
     assert main(["eval", str(tmp_path)]) == 2
     assert main(["eval", str(tmp_path), "--anchors", "kodac"]) == 2

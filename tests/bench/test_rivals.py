@@ -35,6 +35,18 @@ def test_the_largest_quality_that_fits_is_found(codec):
     assert quality == 95 or codec.count(codec.encode(small, quality + 1)) > most
 
 
+def test_curves_of_whole_files_are_means_over_the_pictures(tmp_path):
+    paths = [tmp_path / f"{seed}.png" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        picture(seed=seed).save(path)
+    curves = rivals.measured(paths)
+    assert {"jpeg420"} <= curves.keys() <= {"jpeg420", "webp", "avif444_psnr"}
+    jpeg = curves["jpeg420"]
+    files = [rivals.codecs()["jpeg420"].encode(Image.open(path), 5) for path in paths]
+    assert jpeg.bpp[0] == pytest.approx(sum(8 * len(data) / (96 * 64) for data in files) / 2)
+    assert jpeg.psnr == tuple(sorted(jpeg.psnr)) and "Pillow" in jpeg.source
+
+
 def test_a_known_answer_is_taken_only_where_it_fits():
     codec = rivals.codecs()["jpeg420"]
     known = rivals.fit(picture(), codec, 900, (2, 10))

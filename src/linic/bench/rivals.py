@@ -1,7 +1,9 @@
-"""Classical codecs at a few hundred bytes: the largest quality that fits, of a picture that was scaled down first.
+"""Classical codecs, those of this Pillow: whole curves of the same pictures, and what they make of a few hundred bytes.
 
+    measured(paths)                             ->  {"avif444_psnr": Curve, ...}: whole files, means over the pictures
     found = fit(image, CODECS["webp"], 579)     ->  Fitted(scale=8, quality=17, bytes=574, picture=...)
 
+`fit`: the largest quality that fits, of a picture that was scaled down first.
 Scale (1 to 1/8) and quality are chosen for each picture and target: quality by bisection, scale by hill climbing on
 MS-SSIM over neighbouring scales, up again with Lanczos, as measured_extreme_kodak.json was made; `start` is a
 known answer, which is only checked. Counted bytes leave out what a bare stream would not need (`count`), in the
@@ -11,7 +13,7 @@ VVC has no encoder here: `Anchors` reads its decoded pictures and the other reco
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ import PIL
 from PIL import Image, features
 
 from linic.bench import metrics
+from linic.bench.anchors import Curve
 from linic.errors import UsageError
+from linic.picture import read
 
 SCALES = (1, 2, 3, 4, 6, 8)
 LANCZOS = Image.Resampling.LANCZOS
@@ -46,9 +50,13 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     return _saved(image, "WEBP", quality=quality, method=6)
 
 
-def _avif(image: Image.Image, quality: int) -> bytes:
-    return _saved(image, "AVIF", quality=quality, speed=6, subsampling="4:2:0", advanced={"tune": "psnr"},
+def _avif(image: Image.Image, quality: int, subsampling: str = "4:2:0") -> bytes:
+    return _saved(image, "AVIF", quality=quality, speed=6, subsampling=subsampling, advanced={"tune": "psnr"},
                   codec="aom", max_threads=1)
+
+
+def _avif444(image: Image.Image, quality: int) -> bytes:
+    return _avif(image, quality, "4:4:4")
 
 
 def _saved(image: Image.Image, form: str, **settings: Any) -> bytes:
@@ -88,6 +96,34 @@ def codecs() -> dict[str, Codec]:
         found.append(Codec("avif420", f"{_version('avif')}, libaom, speed 6, 4:2:0, tune=psnr, 1 thread",
                            "the AV1 payload, without ISOBMFF boxes", range(0, 101), _avif, media_bytes))
     return {codec.name: codec for codec in found}
+
+
+# Of `measured`: names, qualities and settings as in data/anchors.json.
+_WHOLE: dict[str, tuple[str, tuple[int, ...], Callable[[Image.Image, int], bytes]]] = {
+    "jpeg420": ("jpeg420", (5, 10, 18, 30, 45, 62, 75, 85), _jpeg),
+    "webp": ("webp", (0, 3, 10, 25, 45, 65, 80, 88), _webp),
+    "avif444_psnr": ("avif420", (3, 8, 16, 26, 38, 50, 60), _avif444),
+}
+
+
+def measured(paths: Sequence[Path]) -> dict[str, Curve]:
+    """Curves of the classical codecs that this Pillow has: whole files of these pictures, PSNR on RGB."""
+    here = codecs()
+    images = [read(path).convert("RGB") for path in paths]
+    found = {}
+    for name, (needed, qualities, encode) in _WHOLE.items():
+        if needed not in here:
+            continue
+        points = np.array([[_point(image, encode(image, quality)) for image in images] for quality in qualities])
+        bpp, psnr = points.mean(1).T.tolist()
+        settings = here[needed].settings.replace("4:2:0", "4:4:4") if name == "avif444_psnr" else here[needed].settings
+        found[name] = Curve(name, tuple(bpp), tuple(psnr), source=f"measured here from whole files: {settings}")
+    return found
+
+
+def _point(image: Image.Image, data: bytes) -> tuple[float, float]:
+    back = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return 8 * len(data) / (image.width * image.height), metrics.psnr(np.asarray(image), back)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`linic eval DIR`: whole files over a folder of pictures; table, BD-rates, JSON, plot."""
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from linic.app.cli import common
+
+MEASURED = "measured"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="lalic-xs", metavar="NAME|PATH", help="default: lalic-xs")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--anchors", metavar="SET",
-                        help="compare with known curves on the set: kodak, clic-professional or tecnick")
+                        help="compare with known curves on the set: kodak, clic-professional or tecnick; or with those "
+                             "of Pillow's JPEG, WebP and AVIF, measured on the same pictures: measured")
     parser.add_argument("--measures", type=Path, metavar="FOLDER",
                         help="weights of perceptual networks: adds LPIPS(alex), LPIPS(squeeze), VGG19n, SSIMULACRA2, "
                              "seams and lattices (about 3 s a 768x512 picture)")
@@ -28,21 +32,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from linic.bench import anchors, report
+    from linic.bench import anchors, report, rivals
     from linic.bench.evaluate import evaluate, pictures_in
     from linic.bench.judge import Judge
-    rivals = anchors.load(args.anchors) if args.anchors else {}
+    curves = anchors.load(args.anchors) if args.anchors not in (None, MEASURED) else {}
     common.use_threads(args)
     judge = Judge(args.measures) if args.measures else None
     with common.about(args.input):
         paths = pictures_in(args.input)[: args.limit]
         result = evaluate(paths, args.qualities, model=args.model, device=args.device, keep=args.keep,
                           command=command_of(args), progress=show if sys.stderr.isatty() else None, judge=judge)
+        if args.anchors == MEASURED:
+            curves = rivals.measured(paths)
+            result["anchors"] = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
     if args.json:
         common.write_output(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot:
-        report.plot([report.curve(result)], rivals, args.plot, title=args.anchors or Path(args.input).name)
-    text = report.markdown(result, rivals, anchors.PICTURES.get(args.anchors))
+        report.plot([report.curve(result)], curves, args.plot, title=Path(args.input).name)
+    text = report.markdown(result, curves, anchors.PICTURES.get(args.anchors))
     if args.markdown not in (None, "-"):
         common.write_output(args.markdown, text.encode())
     if args.markdown == "-" or (args.markdown is None and args.json != "-"):
@@ -61,6 +68,8 @@ def command_of(args: argparse.Namespace) -> str:
     for name in ("limit", "threads"):
         if getattr(args, name):
             parts += [f"--{name}", str(getattr(args, name))]
+    if args.anchors:
+        parts += ["--anchors", args.anchors]
     if args.measures:
         parts += ["--measures", args.measures.name]
     return shlex.join([*parts, "--device", args.device])
