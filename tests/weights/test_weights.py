@@ -1,4 +1,5 @@
 """Weight files: what is shipped is whole, and what is not right is refused with its reason."""
+import gzip
 import json
 
 import pytest
@@ -132,6 +133,34 @@ def test_a_weight_file_that_is_not_right_is_refused_with_its_reason(file, tmp_pa
     bad = rewrite(file[0], tmp_path / "bad.safetensors", tensors, card)
     with pytest.raises(WeightsError, match=message):
         weights.load(bad)
+
+
+def test_a_gzipped_file_is_the_same_model(file, tmp_path, monkeypatch):
+    path, model = file
+    packed = tmp_path / "tiny.safetensors.gz"
+    weights.save(packed, model, {"name": "tiny"})
+    assert gzip.decompress(packed.read_bytes()) == path.read_bytes()
+    assert weights.read_card(packed) == weights.read_card(path)
+    assert weights.load(packed).digest == weights.load_program(packed)[2] == weights.load(path).digest
+    monkeypatch.setenv("LINIC_MODELS", str(tmp_path))
+    assert weights.find("tiny") == packed and weights.available()[0]["bytes"] == packed.stat().st_size
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-9], lambda d: d[:1000] + bytes([d[1000] ^ 1]) + d[1001:],
+                                    lambda d: d[:10] + b"nonsense"])
+def test_a_gzipped_file_that_is_damaged_is_refused(file, tmp_path, change):
+    bad = tmp_path / "bad.safetensors.gz"
+    bad.write_bytes(change(gzip.compress(file[0].read_bytes())))
+    with pytest.raises(WeightsError, match=r"bad\.safetensors\.gz"):
+        weights.load(bad)
+
+
+def test_a_file_that_unpacks_to_more_than_any_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.installed, "LARGEST", 1 << 16)
+    path = tmp_path / "bomb.safetensors.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)))
+    with pytest.raises(WeightsError, match="more than"):
+        weights.installed.whole(path)
 
 
 def test_what_the_normative_networks_were_as_floats_steers_nothing(file, tmp_path):

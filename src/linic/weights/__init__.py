@@ -1,4 +1,4 @@
-"""Weight files: safetensors with a card. Load, save, list, digest; the shipped ones are package data (data/).
+"""Weight files: safetensors with a card, or the same gzipped. Load, save, list, digest; the shipped ones are in data/.
 
 A file holds, beside the card (JSON in the safetensors metadata under "linic"):
     net.NAME            float16, or int8 with net.NAME::scale (float32, one a row): the model's parameters
@@ -12,6 +12,7 @@ normative networks run in float64, on the writer's machine only. A file is check
 any memory is taken for the model. Where files lie and how one is found: installed.py.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from linic.weights.installed import (
     folders,
     own_folder,
     read_card,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def load(name: str | os.PathLike[str]) -> Weights:
     """A model with its weights, by name or path. Raises ModelMissing, WeightsError."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load as parse
 
     from linic.errors import UsageError
     from linic.models import build
@@ -81,8 +83,8 @@ def load(name: str | os.PathLike[str]) -> Weights:
     path = find(name)
     card = read_card(path)
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:
+        tensors = parse(whole(path))
+    except (SafetensorError, KeyError) as error:
         raise WeightsError(f"{path}: {error}") from error
     for key, tensor in tensors.items():
         if str(tensor.dtype).removeprefix("torch.") not in _TYPES:
@@ -152,16 +154,15 @@ def _read(path: Path, tensors: "dict[str, Tensor]", prefix: str, key: str, shape
 def load_program(name: str | os.PathLike[str]) -> "tuple[Program | StepProgram, Tables, bytes]":
     """The normative part of a model alone: program, tables, digest. Needs NumPy, not torch. Raises ModelMissing,
     WeightsError (also where the model has no program)."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as parse
 
     path = find(name)
     card = read_card(path)
     try:
-        with safe_open(path, framework="numpy") as f:
-            names = [k for k in f.keys()  # noqa: SIM118
-                     if k.startswith(("tables.", "int.")) and "::" not in k]
-            arrays = {key: f.get_tensor(key) for key in names}
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:     # the last two: types that NumPy lacks
+        arrays = {key: array for key, array in parse(whole(path)).items()
+                  if key.startswith(("tables.", "int.")) and "::" not in key}
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:    # the last three: types that NumPy lacks
         raise WeightsError(f"{path}: {error}") from error
     program, tables = _program(path, card, arrays)
     if program is None:
@@ -222,11 +223,12 @@ def save(path: str | os.PathLike[str], model: "Model", card: dict[str, Any], int
     itself: in int8 it cost up to .4 dB. What goes costs MRT .002 dB. Frequency tables are made here, once.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     from linic.models import Mrt
     from linic.models.config import to_dict
     from linic.models.lower_mrt import scales
+    from linic.picture import write_whole
     from linic.rangecoder.tables import laplace_tables
 
     config = model.config
@@ -255,9 +257,8 @@ def save(path: str | os.PathLike[str], model: "Model", card: dict[str, Any], int
             "checksum": _checksum(tensors), "parameters": sum(p.numel() for p in model.parameters())}
     if adversarial:
         card["decoders"] = ["faithful", "adversarial"]
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    save_file(tensors, temporary, {"linic": json.dumps(card)})
-    os.replace(temporary, path)
+    data = serialise(tensors, {"linic": json.dumps(card)})
+    write_whole(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
     return card
 
 

@@ -9,7 +9,8 @@ from linic.errors import UsageError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="RUN", help="folder of a run, or one checkpoint")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the weight file (.safetensors)")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE",
+                        help="the weight file: .safetensors, or .safetensors.gz, a sixth smaller")
     parser.add_argument("--measure", metavar="DIR", help="code these pictures and write the result into the card")
     parser.add_argument("--adversarial", metavar="RUN", help="MRT: a run that tuned the decoder alone, as a second one")
     parser.add_argument("--about", type=field, action="append", default=[], metavar="KEY=TEXT",
