@@ -20,6 +20,7 @@ from linic.models.mrt import (
     OFFSETS,
     Order,
     Rcm,
+    noise_of,
     order,
     quality_to_lambda,
     quality_to_target,
@@ -92,7 +93,7 @@ def test_mrt_xs_keeps_its_names_and_shapes():
     with torch.device("meta"):
         state = build("mrt-xs").state_dict()
     text = "\n".join(f"{name} {tuple(value.shape)}" for name, value in state.items())
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5053494025e0d773"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "2dc6d2a600400aff"
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -101,10 +102,37 @@ def test_mrt_xs_keeps_its_names_and_shapes():
     ({"tokens": "slots", "init": "torch", "order": "windows"}, "there is none"),
     ({**KINDS["slots"], "slots": 12}, "slots 12"),
     ({**KINDS["slots"], "tokens": "words"}, "'words' is none of"),
-    ({"rcm": "attention", "rcm_width": 40}, "heads of 32 channels")])
+    ({"rcm": "attention", "rcm_width": 40}, "heads of 32 channels"),
+    ({"grain": 17}, "grain 17 should be at most 16")])
 def test_a_configuration_that_cannot_work_says_why(changes, message):
     with pytest.raises(UsageError, match=message):
         from_dict({**to_dict(preset("mrt-xs")), **changes})
+
+
+def test_grain_is_fresh_in_training_and_always_the_same_in_use():
+    model = randomised()
+    y, l = torch.randn(1, 2, 3, 4), torch.zeros(1)
+    with torch.no_grad():
+        used = [model.eval().synthesise(y, l) for _ in range(2)]
+        trained = [model.train().synthesise(y, l) for _ in range(2)]
+        for name, p in model.named_parameters():
+            if name.endswith(".grain"):
+                p.zero_()
+        bare = [model.eval().synthesise(y, l), model.train().synthesise(y, l)]
+    assert torch.equal(*used) and torch.equal(*bare)
+    assert (trained[0] - trained[1]).abs().max() > 1e-3 and (used[0] - bare[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_noise_is_white_of_unit_variance_and_that_of_the_first_release(channels):
+    noise = noise_of(torch.zeros(2, 64, 65, 7), channels, 2, fresh=False)
+    assert noise.shape == (1, 64, 65, channels)
+    assert noise.mean().abs() < 0.03 and noise.std() == pytest.approx(1, abs=0.02)
+    flat = noise.flatten(0, 2).double()
+    assert (flat[1:] * flat[:-1]).mean().abs() < 0.03 and (flat[65:] * flat[:-65]).mean().abs() < 0.03
+    other = noise_of(torch.zeros(1, 64, 65, 7), channels, 1, fresh=False)
+    assert (noise * other).mean().abs() < 0.03
+    assert torch.round(noise.flatten()[:3] / math.sqrt(3) * 32768 + 32767.5).int().tolist() == [37654, 30013, 37125]
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------

@@ -46,6 +46,16 @@ def steps(net, optimiser, seeds):
     return {k: v.clone() for k, v in net.state_dict().items()}
 
 
+def test_what_has_many_inputs_moves_slower_in_proportion():
+    net, optimiser = made("adamw", inputs=7)
+    speed.Step(net, optimiser, 1.0, None).set_rate(1e-3)
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert rates[id(net.first.weight)] == 1e-3 and rates[id(net.second.weight)] == pytest.approx(1e-3 * 7 / 8)
+    assert rates[id(net.second.weight)] == rates[id(net.block.channel.kr.weight)]
+    assert rates[id(net.kernel)] == rates[id(net.gain)] == rates[id(net.first.bias)] == 1e-3
+    assert len(rates) == len(list(net.parameters()))
+
+
 def valley(optimiser_of):
     """|| A W B ||^2 after 200 steps. A, B have condition 100, both turned: no axis of W is an axis of the valley."""
     torch.manual_seed(0)

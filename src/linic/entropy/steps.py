@@ -233,6 +233,7 @@ class StepProgram(Lines):
         return super()._input(op, name)
 
     def _check(self, op: Op, inputs: list[Spec]) -> Spec:
+        need((op.kind == "code") == (op.out == RESULT), op, f"{RESULT!r} and nothing else is coded")
         if op.kind == "order":
             kind, window, latents = op.numbers
             need(not self.specs and kind in (0, 1) and 0 < latents <= MOST_LATENTS
@@ -240,7 +241,6 @@ class StepProgram(Lines):
             self.kind, self.window, self.latents = KINDS[kind], window, latents
             return spec_of(op, [0], [0], Spec(np.zeros(1), np.zeros(1), 1))
         need(self.latents, op, "the first line must tell the order")
-        need((op.kind == "code") == (op.out == RESULT), op, f"{RESULT!r} and nothing else is coded")
         if op.kind == "code":
             (mean, index), (skip,) = inputs, op.numbers
             need(mean.channels == index.channels == self.latents and 0 <= skip <= self.scales, op,

@@ -106,6 +106,7 @@ class MrtConfig:
     order: Literal["staggered", "windows", "sequence"] = "staggered"  # of coding, and what is seen: tokens.py
     rcm: Literal["rwkv", "attention"] = "rwkv"  # what reads the tokens already coded
     scales: int = 128  # entries of the scale table
+    grain: int = dataclasses.field(default=0, metadata={"least": 0})  # channels of noise that the decoder draws with
     init: Literal["klt", "dct", "torch"] = "klt"  # principal axes; the same and cosine transforms; torch's own
     style: Style = dataclasses.field(default_factory=lambda: Style(scan="alternating"))
 
@@ -183,7 +184,8 @@ def _mrt(config: MrtConfig, where: str) -> MrtConfig:
             (c.tokens == "cells" or (c.transformer and c.encoder_pairs > 0),
              f"tokens {c.tokens!r} read patches in the Transformer of an encoder pair: there is none"),
             (c.tokens == "cells" or (c.slots % 8 == 0 and c.slots <= 256), f"slots {c.slots} should be 8, 16, ... 256"),
-            (c.rcm == "rwkv" or c.rcm_width % 32 == 0, "attention in RCM has heads of 32 channels")):
+            (c.rcm == "rwkv" or c.rcm_width % 32 == 0, "attention in RCM has heads of 32 channels"),
+            (c.grain <= 16, f"grain {c.grain} should be at most 16")):
         if not right:
             raise UsageError(f"{where}: {what}")
     return config

@@ -22,6 +22,7 @@ where it moves the value by more than .6 of a step), but for channel 0, the mean
 import math
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ from linic.models.tokens import (
 )
 from linic.models.tokens import slots as slots_of
 
-__all__ = ["OFFSETS", "CausalBlock", "Mrt", "Order", "Rcm", "order", "quality_to_lambda", "quality_to_target"]
+__all__ = ["OFFSETS", "CausalBlock", "Mrt", "Order", "Rcm", "noise_of", "order", "quality_to_lambda",
+           "quality_to_target"]
 
 TARGET_LOW, TARGET_HIGH, TARGET_MIDDLE = 0.004, 0.035, 0.0118
 LAMBDA_TARGET = 0.35
@@ -196,17 +198,34 @@ class Conv(nn.Conv2d):
 
 
 class Residual(nn.Module):
-    """x + conv(silu(conv(norm(x)))), dense 3x3: what draws the pixels, across all borders."""
+    """x + conv(silu(conv(norm(x)))), dense 3x3: what draws the pixels, across all borders. With grain, noise joins
+    before the silu, which opens or closes on it."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, grain: int):
         super().__init__()
         self.norm, self.conv1, self.conv2 = nn.LayerNorm(channels), Conv(channels, channels), Conv(channels, channels)
         nn.init.zeros_(self.conv2.weight)
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
+        # Not zeros: there the loss is level in every direction.
+        self.grain = nn.Parameter(torch.randn(grain, channels) * 0.03) if grain else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        y = self.conv1(self.norm(x))
+        if self.grain is not None:
+            y = y + noise.to(y.dtype) @ self.grain.to(y.dtype)
+        return x + self.conv2(F.silu(y))
+
+
+def noise_of(x: Tensor, channels: int, scale: int, fresh: bool) -> Tensor:
+    """(B, H, W, C) -> (B or 1, H, W, channels) of uniform noise, variance 1. Fresh, or the same for every picture of
+    that size, on every machine: what a decoder draws with it must not change from one decoding to the next."""
+    b, h, w, _ = x.shape
+    if fresh:
+        return x.new_empty(b, h, w, channels).uniform_(-math.sqrt(3), math.sqrt(3))
+    words = np.random.Philox(key=scale).random_raw(-(-h * w * channels // 4)).astype("<u8").view("<u2")
+    uniform = (words[:h * w * channels].reshape(1, h, w, channels) - np.float32(32767.5)) / np.float32(32768)
+    return torch.from_numpy(uniform).to(x) * math.sqrt(3)
 
 
 class Stem(nn.Module):
@@ -261,7 +280,8 @@ class Painter(nn.Module):
     def add_stages(self, config: MrtConfig) -> None:
         c, (p8, p4, p2) = config, config.pixels
         self.ups = nn.ModuleList([Projection(c.width, 4 * p8), Projection(p8, 4 * p4), Projection(p4, 4 * p2)])
-        self.stages = nn.ModuleList(nn.ModuleList(Residual(width) for _ in range(depth))
+        self.grain = c.grain
+        self.stages = nn.ModuleList(nn.ModuleList(Residual(width, c.grain) for _ in range(depth))
                                     for width, depth in zip(c.pixels, c.pixel_depths))
         self.to_pixels = Conv(p2, 12)
 
@@ -272,8 +292,9 @@ class Painter(nn.Module):
             x = depth_to_space(up(x), 2)
             if scale == 1 and quarter is not None:
                 x = x + quarter
+            noise = noise_of(x, self.grain, scale, fresh=self.training)
             for block in blocks:
-                x = block(x)
+                x = block(x, noise)
         return depth_to_space(self.to_pixels(x), 2)
 
 

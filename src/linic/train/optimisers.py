@@ -114,7 +114,7 @@ class Together(optim.Optimizer):
 def build(o: Optimiser, model: nn.Module) -> optim.Optimizer:
     """Of a recipe, for the model's parameters that are trained. Raises RecipeError where this torch has no Muon.
 
-    SOAP takes the weights of all Linears, Muon those of the blocks.
+    SOAP takes the weights of all Linears, Muon those of the blocks. A group of AdamW may have a `share` of the rate.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, Block)]
@@ -122,9 +122,13 @@ def build(o: Optimiser, model: nn.Module) -> optim.Optimizer:
     theirs = {id(m.weight) for part in within for m in part.modules() if isinstance(m, nn.Linear)}
     matrices = [p for p in params if id(p) in theirs]
     rest = [p for p in params if id(p) not in theirs]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": o.weight_decay},
-              {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]
-    adamw = optim.AdamW([g for g in groups if g["params"]], o.lr, o.betas, fused=True)
+    inputs = {id(m.weight): m.weight[0].numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in sorted(rest, key=lambda p: p.ndim <= 1):
+        share = min(1.0, o.inputs / inputs.get(id(p), 1)) if o.inputs else 1.0
+        groups.setdefault((share, o.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    adamw = optim.AdamW([{"params": some, "weight_decay": decay, "share": share}
+                         for (share, decay), some in groups.items()], o.lr, o.betas, fused=True)
     if not matrices:
         return adamw
     if o.kind == "soap":

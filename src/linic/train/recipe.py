@@ -36,6 +36,8 @@ class Optimiser:
     kind: Literal["adamw", "soap", "muon"] = "adamw"    # soap, muon: for matrices, with AdamW for all else
     period: int = 10                    # soap: steps between two turns of the eigenbasis
     largest: int = 256                  # soap: longer sides of a matrix keep the unit basis
+    # adamw: what has more inputs than this moves so much slower that its sums change no faster. 0: all alike.
+    inputs: int = 0
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Step:
         state: Any = optimiser              # GradScaler's way to tell a fused optimiser
         state.found_inf, state.grad_scale = torch.zeros((), device=self.device), None
         self.found_inf: Tensor = state.found_inf
-        self.lr = torch.zeros((), device=self.device)
+        # A number would be frozen into a captured graph.
+        self.rates = [torch.zeros((), device=self.device) for _ in optimiser.param_groups]
 
     def __call__(self, x: Tensor, quality: Tensor, lr: float) -> Tensor:
         self.set_rate(lr)
@@ -56,9 +57,9 @@ class Step:
 
     def set_rate(self, lr: float) -> None:
         on_gpu = self.device.type == "cuda"
-        self.lr.fill_(lr)
-        for group in self.optimiser.param_groups:       # a number would be frozen into a captured graph
-            group["lr"], group["capturable"] = (self.lr, True) if on_gpu else (lr, False)
+        for group, rate in zip(self.optimiser.param_groups, self.rates):
+            own = lr * group.get("share", 1.0)
+            group["lr"], group["capturable"] = (rate.fill_(own), True) if on_gpu else (own, False)
         state: Any = self.optimiser
         state.found_inf = self.found_inf
         if self.stage:
