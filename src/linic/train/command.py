@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps it only ends this call, and --resume goes on")
     add("--out", type=Path, help="folder of the run (default: runs/<name of the recipe>)")
     add("--init", metavar="WEIGHTS", help="start from these weights: a name, a weight file or a checkpoint")
+    add("--revive", action="store_true", help="give dead hidden units of --init new first weights (train/dead.py)")
     add("--resume", action="store_true", help="go on where a stopped run in --out stood")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--threads", type=int, help="CPU threads (default: all cores, fewer while other processes need them)")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from linic.train.loop import train
 
     result = train(chosen, data=args.data, valid=args.valid, out=out, budget_s=budget_s,
-                   init=args.init, resume=args.resume, device=args.device, threads=args.threads,
+                   init=args.init, revive=args.revive, resume=args.resume, device=args.device, threads=args.threads,
                    end_file=args.end_file, cache=args.cache, measures=args.measures,
                    speed=args.speed.split(",") if "," in args.speed else args.speed)
     if os.environ.get("RANK", "0") != "0":      # of several processes the first reports

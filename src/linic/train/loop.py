@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from linic.bench.perceptual import FILES, Measures
 from linic.errors import LinicError, RecipeError, UsageError
-from linic.models import Mrt, MrtConfig, preset
-from linic.train import checkpoint, data, evaluate, flops, ladder, optimisers, ranks, speed
+from linic.models import Mrt, MrtConfig, build, preset
+from linic.models.blocks import CROP
+from linic.train import checkpoint, data, dead, evaluate, flops, ladder, optimisers, ranks, speed
 from linic.train import recipe as recipes
 from linic.train.codes import Codes
 from linic.train.critic import Critic
@@ -401,15 +402,19 @@ class Run:
             if rows is None:
                 return
             score = evaluate.score(rows)
-            about = {"weights": name, "step": t.step_count, "elapsed_s": round(t.elapsed_s, 1), "score": score}
+            about: dict[str, Any] = {"weights": name, "step": t.step_count, "elapsed_s": round(t.elapsed_s, 1),
+                                     "score": score}
             seen = judge(model, self.seen) if name == "raw" else []
             if seen is None:
                 return
+            if name == "raw":
+                about["dead"] = round(dead.share(dead.look(model, self.seen[:2], e.qualities[::2])), 4)
             gap = self._gap(score, evaluate.score(seen)) if seen else {}
             t.evaluations.append({**about, **gap, "points": rows})
             points = "  ".join(f"q{r['quality']:g} {r['bpp']:.4f}/{r['psnr']:.2f}" for r in rows)
             better = score < (t.best["score"] if t.best else math.inf)      # False for nan
             said = f"  training crops {gap['seen_score']:.4f}, gap {100 * gap['gap']:+.1f} %" if gap else ""
+            said += f"  dead units {100 * about['dead']:.0f} %" if "dead" in about else ""
             say(f"   valid, {name}  score {score:.4f}{' *' if better else '  '}  bpp/PSNR {points}{said}")
             if better:
                 t.best = about
@@ -452,10 +457,11 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
           valid: str | Path | None = None, init: str | Path | None = None, resume: bool = False, device: str = "auto",
           threads: int | None = None, end_file: str | Path | None = None, cache: str | Path | None = None,
           clock: Clock = time.time, model: nn.Module | None = None,
-          speed: str | Sequence[str] = "eager", measures: str | Path | None = None) -> dict[str, Any]:
-    """`budget_s` may be left out where the recipe counts steps. `clock`: seconds since 1970. `model`: instead of the
-    recipe's preset (tests). `speed`: a rung, "ladder" or the rungs of one. `measures`: folder of the networks of
-    perceptual phases, codes and gates (bench/perceptual.py)."""
+          speed: str | Sequence[str] = "eager", measures: str | Path | None = None,
+          revive: bool = False) -> dict[str, Any]:
+    """`budget_s` may be left out where the recipe counts steps. `revive`: dead units of `init` (dead.py). `clock`:
+    seconds since 1970. `model`: instead of the recipe's preset (tests). `speed`: a rung, "ladder" or the rungs of one.
+    `measures`: folder of the networks of perceptual phases, codes and gates (bench/perceptual.py)."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     out, state = Path(out), Path(out) / "state.safetensors"
     going_on = resume and state.exists()
@@ -463,6 +469,8 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
         raise UsageError(f"{out} holds weights of a run: pass --resume to go on with it, or another --out")
     if going_on and init:
         raise UsageError("--init starts a run, --resume goes on with one: pass only one of them")
+    if revive and not init:
+        raise UsageError("--revive is for the weights of --init")
     if budget_s is None and not recipe.schedule.steps:
         raise UsageError("a budget is needed (--budget 60m): the recipe has no schedule.steps that would end the run")
     device = _device(device)
@@ -476,10 +484,9 @@ def train(recipe: str | Path | Recipe, *, data: str | Path, out: str | Path, bud
             crops, pictures, refuse = _pictures(recipe, Path(data), Path(valid) if valid else None,
                                                 Path(cache or out / "pictures"), device, us)
         if model is None:
-            from linic.models import build
             model = build(recipe.model.preset)
         trainer = start(recipe, model, crops, device, str(init or ""), state if going_on else None,
-                        _choice(recipe, device, speed, us), us, networks, out)
+                        _choice(recipe, device, speed, us), us, networks, out, revive)
         trainer.judge = judge
         if not trainer.seen:
             sizes = [(int(p.shape[0]), int(p.shape[1])) for p in pictures]
@@ -607,8 +614,15 @@ def _pictures(recipe: Recipe, folder: Path, valid: Path | None, cache: Path, dev
     return crops, judged, refuse
 
 
+def _revive(model: Any, crops: data.Crops, within: str) -> None:
+    seen = dead.look(model, [*(crops.batch(8, CROP) * 255).byte()], (5.0, 50.0, 95.0))
+    for line in dead.revive(model, build(model.config), seen, within):
+        say(f"revived {line}")
+
+
 def start(recipe: Recipe, model: Any, crops: data.Crops, device: str, init: str, state: Path | None,
-          choice: ladder.Choice, us: Ranks, networks: Measures | None = None, out: Path | None = None) -> Trainer:
+          choice: ladder.Choice, us: Ranks, networks: Measures | None = None, out: Path | None = None,
+          revive: bool = False) -> Trainer:
     config: Any = model.config
     for phase in recipe.phases:
         if phase.crop % config.multiple:
@@ -624,6 +638,8 @@ def start(recipe: Recipe, model: Any, crops: data.Crops, device: str, init: str,
         missing, extra = checkpoint.initialise(model, init, say)
         if missing or extra:
             say(f"{init}: not in it: {', '.join(missing) or 'nothing'}; not used: {', '.join(extra) or 'nothing'}")
+        if revive:
+            _revive(model, crops, "decoder." if recipe.critic else "")
     elif state is None and getattr(config, "init", "torch") != "torch":
         number, side = model.start_crops
         model.to(device).init_klt(torch.cat([crops.batch(32, side) for _ in range(number // 32)]))
