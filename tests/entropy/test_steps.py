@@ -227,6 +227,7 @@ BAD_LINES = {
     "order read": (changed(6, 2, ["order"]), "no register"),
     "past of what comes": (changed(1, 2, ["k"]), "nothing has written"),
     "y before its line": (changed(3, 2, ["y"]), "nothing has written"),
+    "y without a code": ([["order", "y", [], [], [0, 0, 2]]], "nothing else is coded"),
     "y not coded": ([*LINES[:-1], ["add", "y", ["v", "v"], [], [-9, 9]]], "nothing else is coded"),
     "coded elsewhere": (changed(10, 1, "z"), "nothing else is coded"),
     "coded twice": ([*LINES, LINES[-1]], "written twice"),

@@ -1,16 +1,16 @@
 """Damaged and hostile files, and what may become of them: something decoded, or a LinicError. Anything else is a crash.
 
-Files are mutations of the golden ones: of their bytes; of chunks and fields, with every CRC repaired, so that what lies
-behind it is reached; or made-up symbols, well coded. Weight files are mutations of the golden model, read without
-comparing digests (as if the forger had repaired them): a program that is accepted then runs, and every register must
-keep within the bounds that `check` derived.
+Files are mutations of the golden ones of both families: of their bytes; of chunks and fields, with every CRC repaired,
+so that what lies behind it is reached; or made-up symbols, well coded. Weight files are mutations of the golden models,
+read without comparing digests (as if the forger had repaired them): a program that is accepted then runs, and every
+register must keep within the bounds that `check` derived.
 """
 import copy
 import hashlib
 import json
 import random
 from contextlib import suppress
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ import numpy as np
 from linic import codec, container, weights
 from linic.container.full import SIGNATURE, _chunk, _read_chunk
 from linic.entropy.operators import WORD
-from linic.entropy.program import Numpy, Program, plan
+from linic.entropy.program import Lines
+from linic.entropy.steps import KINDS, Numpy, StepProgram
 from linic.entropy.walk import walk
 from linic.errors import DecodeError, LinicError, UsageError
 from linic.rangecoder import Decoder, Encoder
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODEL = GOLDEN / "tiny.safetensors"
+FOLDER = Path(__file__).parents[1] / "golden"
 CORPUS = Path(__file__).parent / "corpus"
-MOST_PIXELS = 1 << 16
+MOST_PIXELS = 1 << 17
 NUMBERS = [0, 1, 2, 3, 7, 63, 64, 65, 100, 101, 127, 128, 255, 256, 2047, 2048, 4096, 8191, 8192, 32767, 32768, 65535,
            65536, 1 << 20, 1 << 24, WORD, WORD + 1, (1 << 53) - 1, 1 << 53, 1 << 62, (1 << 63) - 1, 10**30]
 HOSTILE: list[Any] = [*NUMBERS, *(-n for n in NUMBERS), None, True, 0.5, float("inf"), "", "y", "z", [], [[]], {}]
@@ -36,37 +36,53 @@ HOSTILE: list[Any] = [*NUMBERS, *(-n for n in NUMBERS), None, True, 0.5, float("
 _load_program = weights.load_program
 
 
-@cache
-def model() -> tuple[Program, Any, bytes]:
-    return _load_program(MODEL)
+class Golden:
+    """A golden model, its files and the SHA-256 of their latents."""
+
+    def __init__(self, model: Path, files: str):
+        paths, told = sorted(model.parent.glob(files)), json.loads((model.parent / "latents.json").read_text())
+        self.path, self.files, self.latents = model, [p.read_bytes() for p in paths], {told[p.stem] for p in paths}
+        self.loaded = self.program, self.tables, self.digest = _load_program(model)
+
+    def __str__(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def parts(self) -> tuple[dict[str, Any], bytes]:
+        """Header and tensors of the model; the card unpacked."""
+        data = self.path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + size])
+        header["__metadata__"] = json.loads(header["__metadata__"]["linic"])
+        return header, data[8 + size:]
 
 
-@cache
-def golden() -> list[bytes]:
-    return [path.read_bytes() for path in sorted(GOLDEN.glob("*.linic"))]
+LALIC = Golden(FOLDER / "tiny.safetensors", "*.linic")
+GOLDEN = (LALIC, *(Golden(FOLDER / f"mrt/{order}.safetensors", f"{order}-*.linic") for order in KINDS))
 
 
-@cache
-def golden_latents() -> set[str]:
-    return {*json.loads((GOLDEN / "latents.json").read_text()).values()}
+def walked(program: Lines, backend: Any, quality: int, coder: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The latents of a picture of few cells, whatever the coder makes of it."""
+    size = size or ((3, 5) if isinstance(program, StepProgram) else (1, 2))
+    return walk(codec._plan_of(program, backend, quality, size), coder)
 
 
 # Pictures
 
 
-def picture(rng: random.Random) -> tuple[bytes, bytes | None]:
+def picture(rng: random.Random, golden: Golden) -> tuple[bytes, bytes | None]:
     """A file that is probably wrong, or one that is right and its latents."""
-    data = rng.choice(golden())
+    data = rng.choice(golden.files)
     kind = rng.random()
     if kind < 0.3:
         return mutated(rng, data), None
     if kind < 0.6 and data.startswith(SIGNATURE):
         return rechecked(rng, data), None
-    return (refielded(rng, data), None) if kind < 0.95 else consistent(rng)
+    return (refielded(rng, data), None) if kind < 0.95 else consistent(rng, golden)
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
-    """Flips, other bytes, deletions, insertions, splices with another file."""
+    """Flips, other bytes, deletions, insertions, splices with another file of any model."""
     bad = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         at, kind = rng.randrange(len(bad) + 1), rng.randrange(6)
@@ -79,7 +95,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
         elif kind == 3:
             bad[at:at] = rng.randbytes(rng.choice((1, 1, 4, 64)))
         elif kind == 4:
-            other = rng.choice(golden())
+            other = rng.choice(rng.choice(GOLDEN).files)
             start = rng.randrange(len(other))
             bad[at:at + rng.randrange(40)] = other[start:start + rng.randrange(40)]
         else:
@@ -117,7 +133,7 @@ def refielded(rng: random.Random, data: bytes) -> bytes:
     image = container.parse(data)
     for _ in range(rng.choice((1, 1, 2))):
         field = rng.choice(("payload", "payload", "payload", "size", "quality", "checksum", "digest", "tiles", "head"))
-        tile = image.tiles[0]
+        tile = rng.choice(image.tiles)
         if field == "payload":
             tile.payload = rng.choice((mutated(rng, tile.payload or b"\0"), rng.randbytes(rng.randrange(300)),
                                        tile.payload[:rng.randrange(len(tile.payload) + 1)]))
@@ -145,53 +161,57 @@ def refielded(rng: random.Random, data: bytes) -> bytes:
 class Symbols:
     """Coder that writes made-up symbols, escapes among them."""
 
-    def __init__(self, rng: random.Random):
-        self.rng, self.coder = np.random.default_rng(rng.randrange(1 << 32)), Encoder(model()[1])
+    def __init__(self, rng: random.Random, golden: Golden):
+        self.rng, self.coder = np.random.default_rng(rng.randrange(1 << 32)), Encoder(golden.tables)
+        self.scales = golden.program.scales
 
     def code(self, index: np.ndarray, symbols: Any) -> np.ndarray:
-        limit = 255 if (index >= model()[0].scales).any() else 16383
+        limit = 255 if (index >= self.scales).any() else 16383
         made = (self.rng.standard_t(1, len(index)) * 4).clip(-limit, limit)
         return self.coder.code(index, made.astype(np.int32))
 
 
-def consistent(rng: random.Random) -> tuple[bytes, bytes]:
+def consistent(rng: random.Random, golden: Golden) -> tuple[bytes, bytes]:
     """A file that is right, and its latents."""
-    program, _, digest = model()
-    image = container.Image(rng.randint(1, 140), rng.randint(1, 140), [], digest=digest,
-                            arithmetic=container.INTEGERS, tiles_x=1, tiles_y=1)
-    (rows, columns), = image.cells()
-    coder, quality = Symbols(rng), rng.randint(0, 100)
-    y_hat = codec._bytes(walk(plan(program, Numpy(program), quality, codec._size(rows, columns)), coder))
-    image.tiles = [container.Tile(quality, coder.coder.finish())]
-    image.tiles[0].checksum = image.checksum(0, y_hat)
-    return container.build(image), y_hat
+    program, _, digest = golden.loaded
+    width, height, quality = rng.randint(1, 140), rng.randint(1, 140), rng.randint(0, 100)
+    image = container.Image(width, height, [], digest=digest, arithmetic=container.INTEGERS,
+                            tiles_x=1 + (width > container.CELL and rng.random() < 0.3))
+    found = []
+    for rows, columns in image.cells(codec._side(isinstance(program, StepProgram))):
+        coder, size = Symbols(rng, golden), codec._size(rows, columns)
+        found.append(codec._bytes(walked(program, Numpy(program), quality, coder, size)))
+        image.tiles.append(container.Tile(quality, coder.coder.finish()))
+        image.tiles[-1].checksum = image.checksum(len(found) - 1, found[-1])
+    return container.build(image), b"".join(found)
 
 
 def consistent_with_wide_z(rng: random.Random) -> bytes:
     """Well coded, but z leaves -255..255: what a hostile writer can do and no plan of ours does."""
-    program, _, digest = model()
-    coder = Encoder(model()[1])
+    program, tables, digest = LALIC.loaded
+    coder = Encoder(tables)
     wide = rng.choices((-256, 256, 16383, -16383), k=program.z_channels)
     coder.code(np.arange(program.scales, program.scales + program.z_channels), wide)
     tile = container.Tile(50, coder.finish())
     return container.build(container.Image(9, 9, [tile], digest=digest, arithmetic=container.INTEGERS))
 
 
-def check_picture(data: bytes, latents: bytes | None = None) -> str:
-    """What became of it. latents: of a file that is right, and must be decoded to them. Anything but a LinicError with
-    its place inside the file goes through to the caller."""
-    weights.load_program = lambda name: model()
+def check_picture(data: bytes, golden: Golden, latents: bytes | None = None) -> str:
+    """What became of it, by this model. latents: of a file that is right, and must be decoded to them. Anything but a
+    LinicError with its place inside the file goes through to the caller."""
+    weights.load_program = lambda name: golden.loaded
     try:
         container.sniff(data[:8])
         codec.info(data)
-        told = codec.verify(data, MODEL, max_pixels=MOST_PIXELS)
+        told = codec.verify(data, golden.path, max_pixels=MOST_PIXELS)
         found = told["latents"]
         if latents is not None:
             assert found == hashlib.sha256(latents).hexdigest()
             return "decoded: was right"
-        if told["tiles"] > 1:
-            return "decoded: golden tiles, repeated"        # each with its right checksum
-        return "decoded to the golden latents" if found in golden_latents() else "decoded to OTHER latents"
+        if found in golden.latents:
+            return "decoded to the golden latents"
+        # Of several tiles each has its right checksum.
+        return "decoded: golden tiles, repeated" if told["tiles"] > 1 else "decoded to OTHER latents"
     except LinicError as error:
         if isinstance(error, DecodeError) and not 0 <= error.offset <= len(data):
             raise AssertionError(f"offset {error.offset} in {len(data)} bytes") from error
@@ -204,16 +224,6 @@ def check_picture(data: bytes, latents: bytes | None = None) -> str:
 # Weight files
 
 
-@cache
-def parts() -> tuple[dict[str, Any], bytes]:
-    """Header and tensors of the golden model; the card unpacked."""
-    data = MODEL.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + size])
-    header["__metadata__"] = json.loads(header["__metadata__"]["linic"])
-    return header, data[8 + size:]
-
-
 def packed(header: dict[str, Any], tensors: bytes) -> bytes:
     card = header["__metadata__"]
     card = card if isinstance(card, str) else json.dumps(card)
@@ -222,8 +232,8 @@ def packed(header: dict[str, Any], tensors: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
-def weight_file(rng: random.Random) -> bytes:
-    header, tensors = copy.deepcopy(parts()[0]), parts()[1]
+def weight_file(rng: random.Random, golden: Golden) -> bytes:
+    header, tensors = copy.deepcopy(golden.parts)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         kind = rng.random()
         # What an earlier change has broken cannot always be changed again.
@@ -316,7 +326,7 @@ def mutated_weights(rng: random.Random, data: bytes) -> bytes:
 class Bounded(Numpy):
     """The definition, which also holds every register against what `check` promised."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Lines):
         super().__init__(program)
         self.specs = program.specs
 
@@ -344,11 +354,11 @@ def check_weights(path: Path, seed: int, backends: Any = (), whole: bool = False
     compare, weights._compare = weights._compare, lambda *_: None
     try:
         program, tables, _ = weights.load_program(path)
-        y_hat = walk(plan(program, Bounded(program), seed % 101, (1, 2)), Made(seed, program.scales))
+        y_hat = walked(program, Bounded(program), seed % 101, Made(seed, program.scales))
         for make in backends:
-            other = walk(plan(program, make(program), seed % 101, (1, 2)), Made(seed, program.scales))
+            other = walked(program, make(program), seed % 101, Made(seed, program.scales))
             assert np.array_equal(other, y_hat), f"{make} gives other latents"
-        walk(plan(program, Numpy(program), seed % 101, (1, 1)), Decoder(tables, random.Random(seed).randbytes(99)))
+        walked(program, Numpy(program), seed % 101, Decoder(tables, random.Random(seed).randbytes(99)))
         return "accepted"
     except LinicError as error:
         return type(error).__name__

@@ -1,8 +1,9 @@
 """Fuzzing at length: `python tests/fuzz/run.py --executions 100000 --seed 1 [--weights .1] [--torch] [--whole]`.
 
-Execution i of a seed is the same on every run. A worker process with bounded memory runs them; each may take two
-seconds of its CPU time. What crashes it, hangs, or raises anything but a LinicError is written to corpus/, where
-test_fuzz.py tries it again for ever. Prints how many executions there were and what became of them.
+Execution i of a seed is the same on every run; it draws its model from the golden ones of both families. A worker
+process with bounded memory runs them; each may take two seconds of its CPU time. What crashes it, hangs, or raises
+anything but a LinicError is written to corpus/, where test_fuzz.py tries it again for ever. Prints how many executions
+there were and what became of them.
 """
 import argparse
 import json
@@ -22,19 +23,21 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 
 
-def made(seed: int, i: int, share: float) -> tuple[str, bytes, bytes | None]:
-    """Execution i: its kind, its file, the latents of a file that is right."""
+def made(seed: int, i: int, share: float) -> tuple[str, Any, bytes, bytes | None]:
+    """Execution i: its kind, its golden model, its file, the latents of a file that is right."""
     import harness
     rng = random.Random(f"{seed}:{i}")
+    golden = rng.choice(harness.GOLDEN)
     if rng.random() < share:
-        return "safetensors", harness.weight_file(rng), None
-    return "linic", *harness.picture(rng)
+        return "safetensors", golden, harness.weight_file(rng, golden), None
+    return "linic", golden, *harness.picture(rng, golden)
 
 
-def once(kind: str, data: bytes, latents: bytes | None, path: Path, i: int, options: argparse.Namespace) -> str:
+def once(kind: str, golden: Any, data: bytes, latents: bytes | None, path: Path, i: int,
+         options: argparse.Namespace) -> str:
     import harness
     if kind == "linic":
-        return harness.check_picture(data, latents)
+        return harness.check_picture(data, golden, latents)
     path.write_bytes(data)
     backends: Any = ()
     if options.torch:
@@ -52,11 +55,10 @@ def too_long(*_: Any) -> None:
 
 
 def worker(options: argparse.Namespace) -> None:
-    import harness
+    import harness  # noqa: F401  (the golden models are no memory of any execution)
     if options.torch or options.whole:
         import torch
         torch.set_num_threads(1)
-    harness.model()
     signal.signal(signal.SIGPROF, too_long)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + BYTES,) * 2)
@@ -82,7 +84,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def keep(seed: int, i: int, share: float, why: str) -> None:
-    kind, data, _ = made(seed, i, share)
+    kind, _, data, _ = made(seed, i, share)
     (HERE / "corpus").mkdir(exist_ok=True)
     path = HERE / "corpus" / f"{seed}-{i}.{kind}"
     path.write_bytes(data)

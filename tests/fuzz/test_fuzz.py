@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from linic import weights
 from linic.entropy.fast import Torch
+from linic.entropy.steps import Numpy
 from linic.errors import WeightsError
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ sys.path.append(str(HERE))
 
 import harness  # noqa: E402
 
+GOLDEN = pytest.mark.parametrize("golden", harness.GOLDEN, ids=str)
 SAME = dict(derandomize=True, deadline=None, database=None)
 FILES = sorted(harness.CORPUS.glob("*.linic"))
 MODELS = sorted(harness.CORPUS.glob("*.safetensors"))
@@ -43,43 +45,48 @@ def edited(data, edits):
     return bytes(bad)
 
 
-@settings(max_examples=300, **SAME)
+@GOLDEN
+@settings(max_examples=120, **SAME)
 @given(st.sampled_from(range(4)), EDITS)
-def test_a_golden_file_with_edits_is_refused_with_a_linic_error_or_says_the_same(number, edits):
+def test_a_golden_file_with_edits_is_refused_with_a_linic_error_or_says_the_same(golden, number, edits):
     start = time.process_time()
-    assert harness.check_picture(edited(harness.golden()[number], edits)) != "decoded to OTHER latents"
+    assert harness.check_picture(edited(golden.files[number], edits), golden) != "decoded to OTHER latents"
     assert time.process_time() - start < 2
 
 
-@settings(max_examples=300, **SAME)
+@GOLDEN
+@settings(max_examples=75, **SAME)
 @given(st.integers(0, 2**32))
-def test_edits_behind_good_checksums_become_a_linic_error_or_latents(seed):
+def test_edits_behind_good_checksums_become_a_linic_error_or_latents(golden, seed):
     rng = random.Random(seed)
-    start, data = time.process_time(), harness.golden()[rng.randrange(4)]
+    start, data = time.process_time(), rng.choice(golden.files)
     change = harness.rechecked if data.startswith(harness.SIGNATURE) else harness.refielded
-    assert harness.check_picture(change(rng, data))
-    assert harness.check_picture(harness.refielded(rng, data))
+    assert harness.check_picture(change(rng, data), golden)
+    assert harness.check_picture(harness.refielded(rng, data), golden)
     assert time.process_time() - start < 2
 
 
-@settings(max_examples=60, **SAME)
+@GOLDEN
+@settings(max_examples=30, **SAME)
 @given(st.integers(0, 2**32))
-def test_whatever_symbols_are_coded_are_decoded(seed):
-    assert harness.check_picture(*harness.consistent(random.Random(seed))) == "decoded: was right"
+def test_whatever_symbols_are_coded_are_decoded(golden, seed):
+    data, latents = harness.consistent(random.Random(seed), golden)
+    assert harness.check_picture(data, golden, latents) == "decoded: was right"
 
 
 def test_a_z_beyond_its_range_is_refused_before_the_networks_see_it():
-    refused = [harness.check_picture(harness.consistent_with_wide_z(random.Random(seed))) for seed in range(5)]
-    assert set(refused) == {"Damaged"}
+    files = [harness.consistent_with_wide_z(random.Random(seed)) for seed in range(5)]
+    assert {harness.check_picture(data, harness.LALIC) for data in files} == {"Damaged"}
 
 
-@settings(max_examples=80, **SAME)
+@GOLDEN
+@settings(max_examples=25, **SAME)
 @given(st.integers(0, 2**32))
-def test_a_hostile_weight_file_is_refused_or_its_program_keeps_its_bounds_on_both_backends(seed):
+def test_a_hostile_weight_file_is_refused_or_its_program_keeps_its_bounds_on_both_backends(golden, seed):
     rng = random.Random(seed)
     path = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"linic-fuzz-{seed}.safetensors"
     try:
-        path.write_bytes(harness.weight_file(rng))
+        path.write_bytes(harness.weight_file(rng, golden))
         start = time.process_time()
         assert harness.check_weights(path, seed, [Torch], whole=True) in ("accepted", "WeightsError", "Damaged")
         assert time.process_time() - start < 4
@@ -87,12 +94,11 @@ def test_a_hostile_weight_file_is_refused_or_its_program_keeps_its_bounds_on_bot
         path.unlink()
 
 
-@settings(max_examples=80, **SAME)
+@GOLDEN
+@settings(max_examples=40, **SAME)
 @given(st.integers(0, 200), st.integers(0, 4), st.integers(0, 3), st.sampled_from(harness.HOSTILE))
-def test_a_line_of_a_program_with_any_value_anywhere_is_refused_or_runs(line, part, at, value):
-    from linic.entropy.program import Numpy, Program, plan
-    from linic.entropy.walk import walk
-    known = harness.model()[0]
+def test_a_line_of_a_program_with_any_value_anywhere_is_refused_or_runs(golden, line, part, at, value):
+    known = golden.program
     lines = copy.deepcopy(known.lines())
     target = lines[line % len(lines)]
     if isinstance(target[part], list) and target[part]:
@@ -100,25 +106,27 @@ def test_a_line_of_a_program_with_any_value_anywhere_is_refused_or_runs(line, pa
     else:
         target[part] = value
     try:
-        program = Program(lines, known.tensors, known.scales)
+        program = type(known)(lines, known.tensors, known.scales)
     except WeightsError as error:
         assert len(str(error)) < 400
         return
-    y_hat = walk(plan(program, harness.Bounded(program), 50, (1, 1)), harness.Made(1, known.scales))
-    assert (y_hat == walk(plan(program, Numpy(program), 50, (1, 1)), harness.Made(1, known.scales))).all()
+    y_hat = harness.walked(program, harness.Bounded(program), 50, harness.Made(1, known.scales))
+    assert (y_hat == harness.walked(program, Numpy(program), 50, harness.Made(1, known.scales))).all()
 
 
-def test_a_golden_file_and_its_model_come_through_the_harness_unharmed(tmp_path):
-    assert {harness.check_picture(data) for data in harness.golden()} == {"decoded to the golden latents"}
+@GOLDEN
+def test_a_golden_file_and_its_model_come_through_the_harness_unharmed(golden, tmp_path):
+    assert [harness.check_picture(data, golden) for data in golden.files] == ["decoded to the golden latents"] * 4
     path = tmp_path / "same.safetensors"
-    path.write_bytes(harness.packed(*harness.parts()))
-    assert weights.load_program(path)[2] == harness.model()[2]
+    path.write_bytes(harness.packed(*golden.parts))
+    assert weights.load_program(path)[2] == golden.digest
     assert harness.check_weights(path, 1, [Torch], whole=True) == "accepted"
 
 
+@GOLDEN
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_a_file_that_once_crashed_no_longer_does(path):
-    assert harness.check_picture(path.read_bytes())
+def test_a_file_that_once_crashed_no_longer_does_by_any_model(path, golden):
+    assert harness.check_picture(path.read_bytes(), golden)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.name)
