@@ -221,7 +221,7 @@ BAD_LINES = {
     "no order": (LINES[5:], "nothing has written"),
     "order twice": ([*LINES, ["order", "more", [], [], [0, 0, 2]]], "not the first line"),
     "a third order": (changed(0, 4, [2, 0, 2]), "not an order"), "a window": (changed(0, 4, [0, 8, 2]), "not an order"),
-    "no window": (changed(0, 4, [1, 0, 2]), "not an order"),
+    "no window": (changed(0, 4, [1, 0, 2]), "not an order"), "one cell": (changed(0, 4, [1, 1, 2]), "not an order"),
     "a huge window": (changed(0, 4, [1, 17, 2]), "not an order"),
     "no latents": (changed(0, 4, [0, 0, 0]), "not an order"), "many": (changed(0, 4, [0, 0, 4097]), "not an order"),
     "order read": (changed(6, 2, ["order"]), "no register"),

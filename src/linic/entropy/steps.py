@@ -58,6 +58,7 @@ SEQUENCES = {"staggered": 2, "windows": 1}      # rows, columns; windows
 MOST_SIDE, MOST_WINDOW = 64, 16         # tokens; sequences have at most 256
 MOST_LATENTS = 4096
 MOST_KEPT = 1 << 15                     # channels of all registers that later steps look at
+MOST_CHANNELS = 1 << 16                 # of all registers; a step has at most 1,024 tokens
 LOWEST_KEY = -(1 << 20)
 
 
@@ -237,7 +238,7 @@ class StepProgram(Lines):
         if op.kind == "order":
             kind, window, latents = op.numbers
             need(not self.specs and kind in (0, 1) and 0 < latents <= MOST_LATENTS
-                 and (0 < window <= MOST_WINDOW if kind else window == 0), op, "not an order, or not the first line")
+                 and (1 < window <= MOST_WINDOW if kind else window == 0), op, "not an order, or not the first line")
             self.kind, self.window, self.latents = KINDS[kind], window, latents
             return spec_of(op, [0], [0], Spec(np.zeros(1), np.zeros(1), 1))
         need(self.latents, op, "the first line must tell the order")
@@ -258,6 +259,8 @@ class StepProgram(Lines):
             raise WeightsError(f"program: it codes no {RESULT!r}")
         read = {name for op in self.ops if op.kind in LOOKING_BACK for name in op.args}
         self.kept = {name: self.specs[name].channels for name in sorted(read | {RESULT})}
+        if (channels := sum(spec.channels for spec in self.specs.values())) > MOST_CHANNELS:
+            raise WeightsError(f"program: its registers have {channels} channels; {MOST_CHANNELS} at most")
         if sum(self.kept.values()) > MOST_KEPT:
             raise WeightsError(f"program: later steps look at {sum(self.kept.values())} channels; {MOST_KEPT} at most")
 
