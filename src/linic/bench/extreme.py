@@ -70,7 +70,7 @@ class Files:
     def __init__(self, model: str, device: str = "auto", folder: Path | None = None, realism: float | None = None):
         from linic import weights
         path = weights.find(model)
-        self.model, self.device, self.name = model, device, path.stem
+        self.model, self.device, self.name = model, device, path.name.partition(".safetensors")[0]
         # A model without a choice of decoders does not know the argument.
         self.choice = {} if realism is None else {"realism": realism}
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
