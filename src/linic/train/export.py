@@ -118,7 +118,7 @@ def _history(status: Path, kept: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             before = weights.read_card(weights.find(run["init"])).get("history", [])
         except (ModelMissing, WeightsError):
-            before = [{"init": run["init"]}]  # a checkpoint: the log knows it
+            before = [{"init": Path(run["init"]).name}]  # a checkpoint: the log knows it
     keys = ("preset", "step", "crops", "skipped", "elapsed_s", "cpu_s", "pictures", "device", "torch")
     return [*before, {k: run[k] for k in keys if k in run} | {"weights": kept.get("weights", "")}]
 
