@@ -83,7 +83,11 @@ def contents(path: Path, most: int = LARGEST) -> bytes:
         with path.open("rb") as f:
             compressed = f.read(2) == GZIP
             f.seek(0)
-            return (gzip.GzipFile(fileobj=f) if compressed else f).read(most)
+            stream, found = gzip.GzipFile(fileobj=f) if compressed else f, bytearray()
+            # By parts: read(n) takes memory for all of n at once.
+            while part := stream.read(min(most - len(found), 1 << 20)):
+                found += part
+            return bytes(found)
     except (OSError, EOFError, zlib.error) as error:
         raise WeightsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
