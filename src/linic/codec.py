@@ -48,7 +48,7 @@ DEFAULT_MODEL, DEFAULT_EXTREME = "lalic-xs", "mrt-xs"
 AUTO = "auto"
 DEFAULT_QUALITY = 50
 # Bits per pixel below which MRT is taken where a rate is asked for. On Kodak lalic-xs begins at .122 (LPIPS(alex)
-# .328), mrt-xs ends at .029 (.468): between them neither has files. Carried on, lalic-xs would have .468 at .05.
+# .328), mrt-xs ends at .029 (.449): between them neither has files. Carried on, lalic-xs would have .468 at .05.
 CROSSING_BPP = 0.06
 MOST_CELLS = (container.TILE // container.CELL) ** 2     # of an integer tile: its sums hold 2^14 positions of y
 TAGS = {"icc_profile": "ICCP", "exif": "EXIF", "xmp": "XMP_"}  # Pillow's name -> chunk
