@@ -407,7 +407,7 @@ class Run:
             seen = judge(model, self.seen) if name == "raw" else []
             if seen is None:
                 return
-            if name == "raw":
+            if name == "raw" and self.seen:
                 about["dead"] = round(dead.share(dead.look(model, self.seen[:2], e.qualities[::2])), 4)
             gap = self._gap(score, evaluate.score(seen)) if seen else {}
             t.evaluations.append({**about, **gap, "points": rows})
