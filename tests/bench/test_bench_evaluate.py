@@ -116,3 +116,13 @@ def test_a_judge_brings_its_columns_and_changes_none_of_the_others(folder):
     text = report.markdown(judged)
     assert "| LPIPS(alex) |" in text and "no model of linic is trained on it" in text
     assert "LPIPS" not in report.markdown(plain)
+
+
+def test_tiles_are_the_middle_of_a_picture_and_small_ones_stay_whole(folder, tmp_path):
+    out = tmp_path / "tiles"
+    out.mkdir()
+    paths = bench.tiles(bench.pictures_in(folder), 64, 48, out)
+    assert len(paths) == 3 * 3 + 1 + 1 and paths[-1] == folder / "2.png"
+    whole = np.asarray(Image.open(folder / "0.png"))
+    joined = np.block([[[np.asarray(Image.open(p))] for p in paths[3 * y : 3 * y + 3]] for y in range(3)])
+    assert (joined == whole[18:162, 4:196]).all()

@@ -69,6 +69,20 @@ def test_training_and_evaluation_weigh_the_same_distortion():
         assert ("ms_ssim" in row) == (loss.distortion == "ms-ssim")
 
 
+def test_with_even_1_a_crop_counts_by_its_share_of_its_loss_and_a_flat_one_stays_finite():
+    x, quality = torch.rand(3, 3, 16, 16), torch.tensor([10.0, 50.0, 90.0])
+    likelihoods = {name: torch.full((3, 4, 2, 2), 0.5) for name in ("y", "z")}
+
+    def slopes(even):
+        x_hat = (x + torch.tensor([0.1, 0.02, 0.0]).view(3, 1, 1, 1)).requires_grad_()
+        terms = rate_distortion({"x_hat": x_hat, "likelihoods": likelihoods}, x, quality, Loss(0.35, even))
+        terms.loss.sum().backward()
+        return terms.loss.detach(), x_hat.grad
+
+    (plain, before), (_, after) = slopes(0.0), slopes(1.0)
+    assert torch.allclose(after, before / plain.view(3, 1, 1, 1)) and after.isfinite().all()
+
+
 def test_operations_of_a_step_are_counted_without_a_step():
     model = build("lalic-xs")
     before = {k: v.clone() for k, v in model.state_dict().items()}

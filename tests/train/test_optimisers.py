@@ -11,7 +11,7 @@ from linic.errors import RecipeError
 from linic.models import blocks
 from linic.models.config import Style
 from linic.train import checkpoint, optimisers, speed
-from linic.train.recipe import Loss, Optimiser
+from linic.train.recipe import Loss, Optimiser, Slower
 
 O = Optimiser(1e-2, (0.9, 0.98), 0.0, 2.0)
 KINDS = ["adamw", "soap", "muon"]
@@ -54,6 +54,19 @@ def test_what_has_many_inputs_moves_slower_in_proportion():
     assert rates[id(net.second.weight)] == rates[id(net.block.channel.kr.weight)]
     assert rates[id(net.kernel)] == rates[id(net.gain)] == rates[id(net.first.bias)] == 1e-3
     assert len(rates) == len(list(net.parameters()))
+
+
+def test_what_a_recipe_names_moves_at_its_share_of_the_rate():
+    slower = Slower(r"channel\.(kr|out)", 0.25), Slower("block", 0.5)
+    net, optimiser = made("adamw", inputs=4, slower=slower)
+    speed.Step(net, optimiser, 1.0, None).set_rate(1e-3)
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert rates[id(net.block.channel.kr.weight)] == pytest.approx(1e-3 * 4 / 8 / 4)    # of the first that fits
+    assert rates[id(net.block.channel.norm.weight)] == pytest.approx(5e-4)
+    assert rates[id(net.gain)] == 1e-3
+    for where, says in (("(", "no regular expression"), ("blok", "no parameter")):
+        with pytest.raises(RecipeError, match=says):
+            made("adamw", slower=(Slower(where, 0.5),))
 
 
 def valley(optimiser_of):

@@ -5,6 +5,7 @@ wall seconds of encode() and decode() with the model loaded and warm, file acces
 JSON schema with more beside it: {"name", "description", "results": {"psnr-rgb": [one entry a quality], ...},
 "per_image": [...], "machine": {...}, "command": "..."}. Raises UsageError, PictureError and what the codec raises.
 """
+import itertools
 import math
 import os
 import platform
@@ -37,6 +38,24 @@ def pictures_in(folder: AnyPath) -> list[Path]:
     if not found:
         raise UsageError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
     return found
+
+
+def tiles(paths: Sequence[Path], width: int, height: int, folder: Path) -> list[Path]:
+    """The pictures cut into whole tiles, as PNGs in `folder`: what does not fill one is left out, evenly on both sides.
+    A picture smaller than a tile stays as it is."""
+    cut = []
+    for path in paths:
+        image = read(path)
+        columns, rows = image.width // width, image.height // height
+        left, top = (image.width - columns * width) // 2, (image.height - rows * height) // 2
+        for y, x in itertools.product(range(rows), range(columns)):
+            tile = folder / f"{path.name}-{y}-{x}.png"
+            corner = left + x * width, top + y * height
+            image.crop((*corner, corner[0] + width, corner[1] + height)).save(tile)
+            cut.append(tile)
+        if not (rows and columns):
+            cut.append(path)
+    return cut
 
 
 def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *, model: str = "lalic-xs",

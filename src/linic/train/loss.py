@@ -4,7 +4,8 @@
 
 Distortion: 65025 * mse, 65025 = 255^2: lambda weighs the error of the 0-255 scale, as in the papers; or
 1 - MS-SSIM. lambda: the recipe's, or that of each crop's quality. The power makes the loss of every quality about as
-large, so that none rules the gradient.
+large, so that none rules the gradient. `even` does so for crops: each counts by its loss to the power of -even, 1 being
+the mean of logarithms. For validation it counts nothing.
 
 MRT, whose output has its own lambda, has it the other way round, which makes all qualities equal at once:
 
@@ -26,6 +27,7 @@ from linic.train.recipe import Loss
 REFERENCE_LAMBDA = 0.013
 # Lambdas in use for MS-SSIM (2.4 .. 60.5, CompressAI) are 1250 to 1330 times those for mse: 16.64 beside .013.
 MS_SSIM_LAMBDA = 1280.0
+FLAT = 0.01     # loss of a crop without content: with `even`, less counts as this
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW = 11
 SMALLEST_SIDE = WINDOW << (len(SCALES) - 1)
@@ -74,7 +76,10 @@ def rate_distortion(out: dict[str, Any], x: Tensor, quality: Tensor, loss: Loss,
     bpp_z = bits(out["likelihoods"]["z"]) / pixels
     bpp = bits(out["likelihoods"]["y"]) / pixels + bpp_z
     distortion = mse if loss.distortion == "mse" else 1 - ms_ssim(out["x_hat"], x)
-    return Terms(weigh(loss, quality, distortion, bpp), mse, bpp, bpp_z)
+    total = weigh(loss, quality, distortion, bpp)
+    if loss.even:
+        total = total * total.detach().clamp_min(FLAT) ** -loss.even
+    return Terms(total, mse, bpp, bpp_z)
 
 
 def extreme(lambda_: Any, mse: Any, bpp: Any) -> Any:

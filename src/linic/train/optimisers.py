@@ -4,6 +4,7 @@ All step with `lr` as a number or a tensor, change nothing while `found_inf` is 
 tensors, so that a resumed run goes on bit for bit (checkpoint.optimiser_tensors).
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -112,7 +113,8 @@ class Together(optim.Optimizer):
 
 
 def build(o: Optimiser, model: nn.Module) -> optim.Optimizer:
-    """Of a recipe, for the model's parameters that are trained. Raises RecipeError where this torch has no Muon.
+    """Of a recipe, for the model's parameters that are trained. Raises RecipeError where this torch has no Muon, and
+    where a name in `slower` is no parameter's.
 
     SOAP takes the weights of all Linears, Muon those of the blocks. A group of AdamW may have a `share` of the rate.
     """
@@ -123,9 +125,11 @@ def build(o: Optimiser, model: nn.Module) -> optim.Optimizer:
     matrices = [p for p in params if id(p) in theirs]
     rest = [p for p in params if id(p) not in theirs]
     inputs = {id(m.weight): m.weight[0].numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    slower = _slower(o, model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in sorted(rest, key=lambda p: p.ndim <= 1):
         share = min(1.0, o.inputs / inputs.get(id(p), 1)) if o.inputs else 1.0
+        share *= slower.get(id(p), 1.0)
         groups.setdefault((share, o.weight_decay if p.ndim > 1 else 0.0), []).append(p)
     adamw = optim.AdamW([{"params": some, "weight_decay": decay, "share": share}
                          for (share, decay), some in groups.items()], o.lr, o.betas, fused=True)
@@ -138,3 +142,20 @@ def build(o: Optimiser, model: nn.Module) -> optim.Optimizer:
         raise RecipeError(f"optimiser.kind is 'muon', which torch {torch.__version__} does not have")
     # match_rms_adamw: an update as large as AdamW's, so that one rate fits both.
     return Together([muon(matrices, o.lr, o.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw])
+
+
+def _slower(o: Optimiser, model: nn.Module) -> dict[int, float]:
+    """Shares of the rate by the parameters' ids."""
+    found: dict[int, float] = {}
+    names = dict(model.named_parameters())
+    for x in o.slower:
+        try:
+            those = [p for name, p in names.items() if re.search(x.where, name)]
+        except re.error as error:
+            raise RecipeError(f"optimiser.slower {x.where!r} is no regular expression: {error}") from error
+        if not those:
+            raise RecipeError(f"optimiser.slower {x.where!r}: no parameter of the model has such a name, as "
+                              f"{next(iter(names))} is one")
+        for p in those:
+            found.setdefault(id(p), x.share)
+    return found

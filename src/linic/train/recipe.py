@@ -26,6 +26,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Slower:
+    """Parameters whose names hold the regular expression `where` move at `share` of the rate."""
+
+    where: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Optimiser:
     """See optimisers.py. Weight decay spares vectors (biases, gains, decays)."""
 
@@ -38,6 +46,7 @@ class Optimiser:
     largest: int = 256                  # soap: longer sides of a matrix keep the unit basis
     # adamw: what has more inputs than this moves so much slower that its sums change no faster. 0: all alike.
     inputs: int = 0
+    slower: tuple[Slower, ...] = ()     # adamw too, beside `inputs`; the first that fits
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Loss:
     """See loss.py. `lambda`: of a model for one rate, instead of a drawn quality."""
 
     exponent: float = 0.0               # (lambda * 65025 * mse + bpp) * (lambda / 0.013) ** -exponent
+    even: float = 0.0                   # what a crop counts: its loss ** -even
     distortion: Literal["mse", "ms-ssim"] = "mse"
     lambda_: float | None = None
     perceptual: Perceptual | None = None        # MRT only
@@ -277,6 +287,7 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
         ((r.quality is None) != (r.loss.lambda_ is None), "one of [quality] and loss.lambda is needed, and not both"),
         (r.loss.lambda_ is None or (r.loss.lambda_ > 0 and not r.loss.exponent),
          "loss.lambda must be above 0, and loss.exponent weighs drawn qualities only"),
+        (0 <= r.loss.even <= 1, f"loss.even is {r.loss.even}: 0 (all crops count alike) to 1"),
         ((s.shape == "steps") == bool(s.milestones) and list(s.milestones) == sorted(set(s.milestones))
          and all(0 < m < 1 for m in s.milestones),
          "schedule.milestones belong to shape steps, which needs them: shares of the run, rising, between 0 and 1"),
@@ -287,6 +298,7 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
          "optimiser: lr and clip must be above 0, weight_decay not below"),
         (all(0 <= b < 1 for b in o.betas), "optimiser.betas must lie in [0, 1)"),
         (o.period > 0 and o.largest > 0, "optimiser: period and largest must be above 0"),
+        *((0 <= x.share <= 1, f"optimiser.slower {x.where!r} is {x.share}: a share, 0 to 1") for x in o.slower),
         (not r.quality or 0 <= r.quality.ends < 0.5, "quality.ends must be a share of the draws below 0.5"),
         *((a <= b, f"{key} is [{a}, {b}]: the smaller number comes first") for key, (a, b) in pairs),
         *((0 <= v <= 1, f"{key} is {v}: a share, 0 to 1") for key, v in shares),

@@ -63,10 +63,7 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     if text == "all":
         from linic.bench.stages import SIZES
         return list(SIZES)
-    parts = [part.split("x") for part in text.split(",")]
-    if any(len(p) != 2 or not all(n.isdecimal() and int(n) for n in p) for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT,...")
-    return [(int(w), int(h)) for w, h in parts]
+    return [common.size(part) for part in text.split(",")]
 
 
 def _rates(text: str) -> list[float]:

@@ -100,6 +100,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(n.isdecimal() and int(n) for n in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(parts[0]), int(parts[1])
+
+
 def quality(text: str) -> int:
     if not text.isdecimal() or int(text) > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 100")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="e.g. 0,25,50 or 0,10,...,100 (default)")
     parser.add_argument("--model", default="lalic-xs", metavar="NAME|PATH", help="default: lalic-xs")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
+    parser.add_argument("--tiles", type=common.size, metavar="WxH",
+                        help="cut the pictures into tiles of that size, each a file of its own: does size matter?")
     parser.add_argument("--anchors", metavar="SET",
                         help="compare with known curves on the set: kodak, clic-professional or tecnick; or with those "
                              "of Pillow's JPEG, WebP and AVIF, measured on the same pictures: measured")
@@ -33,13 +36,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from linic.bench import anchors, report, rivals
-    from linic.bench.evaluate import evaluate, pictures_in
+    from linic.bench.evaluate import evaluate, pictures_in, tiles
     from linic.bench.judge import Judge
     curves = anchors.load(args.anchors) if args.anchors not in (None, MEASURED) else {}
     common.use_threads(args)
     judge = Judge(args.measures) if args.measures else None
-    with common.about(args.input):
+    with common.about(args.input), tempfile.TemporaryDirectory() as folder:
         paths = pictures_in(args.input)[: args.limit]
+        if args.tiles:
+            paths = tiles(paths, *args.tiles, Path(folder))
         result = evaluate(paths, args.qualities, model=args.model, device=args.device, keep=args.keep,
                           command=command_of(args), progress=show if sys.stderr.isatty() else None, judge=judge)
         if args.anchors == MEASURED:
@@ -68,6 +73,8 @@ def command_of(args: argparse.Namespace) -> str:
     for name in ("limit", "threads"):
         if getattr(args, name):
             parts += [f"--{name}", str(getattr(args, name))]
+    if args.tiles:
+        parts += ["--tiles", "x".join(map(str, args.tiles))]
     if args.anchors:
         parts += ["--anchors", args.anchors]
     if args.measures:
