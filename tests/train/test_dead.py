@@ -57,6 +57,8 @@ def test_dead_units_are_seen_and_the_mode_stays(model):
     assert model.training
     assert (shares[name][:3] == 0).all() and (shares[name][3:] > dead.EVER).any()
     assert dead.share(shares) > 0 and dead.share({}) == 0
+    lost, works = dead.by_layer(shares)[name]
+    assert lost >= round(3 / len(shares[name]), 4) and 0 < works < 1
     assert all(((s >= 0) & (s <= 1)).all() for s in shares.values())
 
 

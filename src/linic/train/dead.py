@@ -78,6 +78,11 @@ def share(shares: Shares) -> float:
     return (units < EVER).float().mean().item()
 
 
+def by_layer(shares: Shares) -> dict[str, tuple[float, float]]:
+    """{name of a layer: (its dead units' share, the share of positions at which a unit works on average)}."""
+    return {name: (round((s < EVER).float().mean().item(), 4), round(s.mean().item(), 4)) for name, s in shares.items()}
+
+
 @torch.no_grad()
 def revive(model: nn.Module, fresh: nn.Module, shares: Shares, within: str = "") -> list[str]:
     """Gives dead units the first weights of `fresh`, a new model of the same shape, and no say yet: their last weights

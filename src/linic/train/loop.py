@@ -408,7 +408,8 @@ class Run:
             if seen is None:
                 return
             if name == "raw" and self.seen:
-                about["dead"] = round(dead.share(dead.look(model, self.seen[:2], e.qualities[::2])), 4)
+                units = dead.look(model, self.seen[:2], e.qualities[::2])
+                about |= {"dead": round(dead.share(units), 4), "units": dead.by_layer(units)}
             gap = self._gap(score, evaluate.score(seen)) if seen else {}
             t.evaluations.append({**about, **gap, "points": rows})
             points = "  ".join(f"q{r['quality']:g} {r['bpp']:.4f}/{r['psnr']:.2f}" for r in rows)
