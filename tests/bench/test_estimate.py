@@ -72,6 +72,15 @@ def test_the_table_has_every_variant_that_there_is(checkpoints, image, tmp_path)
     assert "encoder at its start" not in alone["curves"]
 
 
+def test_the_linear_codec_alone_is_the_start(checkpoints, image):
+    ours, start = estimate.Estimated(checkpoints[1]), estimate.Estimated(checkpoints[0])
+    with estimate.switched(ours.model, "linear codec alone", start.model):
+        inside = ours.encode(image, 50)
+        picture = np.asarray(ours.decode(inside))
+    alone = start.encode(image, 50)
+    assert inside.bytes == alone.bytes and (picture == np.asarray(start.decode(alone))).all()
+
+
 def test_what_is_no_checkpoint_of_mrt_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(UsageError, match="not a checkpoint"):

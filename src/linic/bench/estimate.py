@@ -92,7 +92,8 @@ def _inputs(model: Mrt, image: Image.Image, quality: int) -> tuple[Tensor, Tenso
 # --- parts switched off ----------------------------------------------------------------------------------------------
 
 VARIANTS = ("all", "encoder at its start", "encoder RWKV off", "encoder Transformer off", "decoder RWKV off",
-            "decoder Transformer off", "decoder pairs off", "pixel blocks off", "RCM network off", "static prior")
+            "decoder Transformer off", "decoder pairs off", "pixel blocks off", "RCM network off", "static prior",
+            "linear codec alone")       # all of it at its start, when every network is silent
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def switched(model: Mrt, variant: str, start: Mrt | None = None) -> Iterator[boo
     undo: list[Callable[[], None]] = []
 
     def put(owner: Any, name: str, value: Any) -> None:
-        if name in vars(owner) or name in owner._modules:
+        if any(name in held for held in (vars(owner), owner._modules, owner._parameters, owner._buffers)):
             undo.append(partial(setattr, owner, name, getattr(owner, name)))
         else:
             undo.append(partial(delattr, owner, name))
@@ -127,6 +128,11 @@ def switched(model: Mrt, variant: str, start: Mrt | None = None) -> Iterator[boo
     elif variant in ("RCM network off", "static prior"):
         there = model.config.tokens == "cells"      # whose channels are alike at every token
         put(model, "predict", Static(model, variant == "RCM network off"))
+    elif variant == "linear codec alone":
+        there = start is not None
+        for held in (start._modules, start._parameters, start._buffers) if start else ():
+            for name, value in held.items():
+                put(model, name, value)
     elif variant != "all":
         raise UsageError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
     try:
