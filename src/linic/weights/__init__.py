@@ -289,7 +289,7 @@ def _stored(name: str, value: "Tensor", int8: bool, zipped: bool) -> "dict[str, 
         each = scale.view(-1, *[1] * (value.ndim - 1))
         return {name: torch.round(value / each).to(torch.int8), f"{name}::scale": scale}
     if zipped and name.endswith("weight") and value.ndim > 1:
-        mantissa, exponent = torch.frexp(value)         # 1/2 <= |mantissa| < 1: 9 bits are one before the point, 8 after
+        mantissa, exponent = torch.frexp(value)         # 1/2 <= |mantissa| < 1: one digit and 8 more
         value = torch.ldexp(torch.round(mantissa * 512) / 512, exponent)
     half = value.half()
     if not torch.isfinite(half).all():

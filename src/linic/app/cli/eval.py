@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     with common.about(args.input), tempfile.TemporaryDirectory() as folder:
         paths = pictures_in(args.input)[: args.limit]
         if args.tiles:
-            paths = tiles(paths, *args.tiles, Path(folder))
+            width, height = args.tiles
+            paths = tiles(paths, width, height, Path(folder))
         result = evaluate(paths, args.qualities, model=args.model, device=args.device, keep=args.keep,
                           command=command_of(args), progress=show if sys.stderr.isatty() else None, judge=judge)
         if args.anchors == MEASURED:
