@@ -83,7 +83,7 @@ def evaluate(pictures: AnyPath | Iterable[AnyPath], qualities: Sequence[int], *,
         # JSON has no infinity: the PSNR of a picture that came back unchanged is null.
         row["psnr-rgb"] = row["psnr-rgb"] if math.isfinite(row["psnr-rgb"] or 0) else None
     return {
-        "name": model,
+        "name": Path(model).name,       # paths of this machine stay out of reports
         "description": f"linic, whole files, {len(names)} pictures",
         "results": results,
         "per_image": rows,

@@ -70,7 +70,8 @@ def show(row: dict[str, Any]) -> None:
 
 def command_of(args: argparse.Namespace) -> str:
     """What to type to get this result again; paths of this machine stay out of reports."""
-    parts = ["linic", "eval", Path(args.input).name, "-q", ",".join(map(str, args.qualities)), "--model", args.model]
+    qualities, model = ",".join(map(str, args.qualities)), Path(args.model).name
+    parts = ["linic", "eval", Path(args.input).name, "-q", qualities, "--model", model]
     for name in ("limit", "threads"):
         if getattr(args, name):
             parts += [f"--{name}", str(getattr(args, name))]
