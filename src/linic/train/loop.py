@@ -407,11 +407,12 @@ class Run:
             seen = judge(model, self.seen) if name == "raw" else []
             if seen is None:
                 return
+            layers = {}
             if name == "raw" and self.seen:
                 units = dead.look(model, self.seen[:2], e.qualities[::2])
-                about |= {"dead": round(dead.share(units), 4), "units": dead.by_layer(units)}
+                about["dead"], layers = round(dead.share(units), 4), {"units": dead.by_layer(units)}
             gap = self._gap(score, evaluate.score(seen)) if seen else {}
-            t.evaluations.append({**about, **gap, "points": rows})
+            t.evaluations.append({**about, **gap, "points": rows, **layers})
             points = "  ".join(f"q{r['quality']:g} {r['bpp']:.4f}/{r['psnr']:.2f}" for r in rows)
             better = score < (t.best["score"] if t.best else math.inf)      # False for nan
             said = f"  training crops {gap['seen_score']:.4f}, gap {100 * gap['gap']:+.1f} %" if gap else ""
